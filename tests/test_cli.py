@@ -1,0 +1,87 @@
+"The command line as a user meets it: in processes of its own"
+import json, os, re, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from graftlab import cli
+
+REPO = Path(cli.__file__).parents[1]
+ENV = os.environ | dict(PYTHONPATH=str(REPO), HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
+RUN = [sys.executable, '-c', 'import sys; from graftlab.cli import main; sys.exit(main())']
+
+
+def graftlab(*argv, **kw): return subprocess.run([*RUN, *map(str, argv)], env=ENV, capture_output=True, text=True, timeout=300, **kw)
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    "A small checkpoint: ten layers, a plain tokenizer"
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp('host')
+    torch.manual_seed(0)
+    words = ['<unk>', '<eos>'] + [f'w{i}' for i in range(98)]
+    tok = Tokenizer(models.WordLevel({w: i for i,w in enumerate(words)}, unk_token='<unk>'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='<unk>', eos_token='<eos>').save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=10, num_attention_heads=2, num_key_value_heads=1,
+                                 vocab_size=100)).save_pretrained(folder)
+    return folder
+
+
+def test_help_is_quick_and_complete():
+    "Under half a second of processor time, whatever else the machine does; every command has examples that its own parser takes"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = graftlab('--help')
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and (after.ru_utime-before.ru_utime)+(after.ru_stime-before.ru_stime) < .5
+    parser = cli.make_parser()
+    for name,(f,_,examples) in cli.COMMANDS.items():
+        assert re.search(rf'^    {name}\s+{re.escape(f.__doc__[:20])}', done.stdout, re.M), done.stdout
+        for line in examples.splitlines():
+            words = line.partition('graftlab ')[2].split()
+            assert words[0] == name or f' {name} ' in examples, line
+            parser.parse_args(words)
+
+
+def test_errors_are_one_line(host, tmp_path):
+    for argv,part in {('report', tmp_path): 'no run.json', ('surrogate', host, tmp_path/'x', '--start', 8, '--end', 3): 'removes no layer',
+                      ('trajectory', 'no-such-model'): "neither of the zoo"}.items():
+        done = graftlab(*argv)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and lines[-1].startswith('graftlab: ') and part in lines[-1] and 'Traceback' not in done.stderr, done.stderr
+        assert done.stdout == ''
+    assert graftlab('zoo', 'eat').returncode == 2
+    assert graftlab().returncode == 2
+
+
+def test_cut_and_look_at_the_cut(host, tmp_path):
+    "A surrogate, cut and verified, is a checkpoint that the next command takes"
+    done = graftlab('surrogate', host, tmp_path/'cut', '--start', 3, '--end', 5, '--verify')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path/'cut/config.json').read_text())['num_hidden_layers'] == 8
+    (tmp_path/'chats.jsonl').write_text(''.join(json.dumps(dict(messages=[dict(role='user', content=' '.join(f'w{(i*j)%98}' for j in range(1, 20)))]))+'\n' for i in range(1, 9)))
+    done = graftlab('trajectory', tmp_path/'cut', '--texts', tmp_path/'chats.jsonl', '--stream', '--out', tmp_path/'out')
+    assert done.returncode == 2 and 'graftlab: no transition' in done.stderr, done.stderr # a random model has none, but has curves
+    rows = (tmp_path/'out/trajectory.csv').read_text().splitlines()
+    assert len(rows) == 9 and rows[0].endswith('layer_7')
+    assert (tmp_path/'out/trajectory.png').stat().st_size > 1000
+
+
+def test_ctrl_c(host, tmp_path):
+    "Ctrl-C in the middle of work: one line, exit code 130"
+    (tmp_path/'chats.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='w1 '*200)]))+'\n')
+    text = (tmp_path/'chats.jsonl').read_text()
+    (tmp_path/'chats.jsonl').write_text(text*20000)
+    p = subprocess.Popen([*RUN, 'trajectory', str(host), '--texts', str(tmp_path/'chats.jsonl'), '--samples', '20000', '--out', str(tmp_path/'out')],
+                         env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.time()+120
+    while 'libtorch' not in Path(f'/proc/{p.pid}/maps').read_text():
+        assert time.time() < limit and p.poll() is None
+        time.sleep(.05)
+    time.sleep(8)
+    assert p.poll() is None, 'it ended before it was stopped'
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=120)
+    assert p.returncode == 130 and err.strip().splitlines()[-1] == 'graftlab: stopped' and 'Traceback' not in err, err
+    assert not (tmp_path/'out').exists()

@@ -1,0 +1,193 @@
+"Properties of scores and of ranking over random questions, with a tiny vision-language model"
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor)
+
+from graftlab.asking import encode_question, pack_candidates
+from graftlab.evaluate import EvaluationError, compare, evaluate, generate_answers, rank_candidates, without_pictures
+from graftlab.chat import Chat
+from graftlab.host import GraftError
+from graftlab.scores import (average_score, exact_match, mme_scores, normalize_answer, paired_difference, score_table, wilson, yes_no,
+                             yes_no_scores)
+from graftlab.zoo import get_llm
+
+WORDS = st.sampled_from('red dark green teal blue a circle not at all the color is 12 .'.split())
+PHRASES = st.lists(WORDS, min_size=1, max_size=5).map(' '.join)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(get_llm('smollm2'))
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<image>']})
+    return tokenizer
+
+
+@pytest.fixture(scope='module')
+def vlm(tokenizer):
+    torch.manual_seed(0)
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                       vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=.3)
+    vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
+                         vision_feature_layer=-2, vision_feature_select_strategy='default', tie_word_embeddings=True)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope='module')
+def processor(tokenizer):
+    pictures = BitImageProcessorPil(size=dict(height=28, width=28), do_center_crop=False)
+    return LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy='default', num_additional_image_tokens=1)
+
+
+def ask(i, phrases, image=None):
+    return dict(id=str(i), image=image, question='What is it?', answer=phrases[0], candidates=phrases, type='t')
+
+
+candidates = st.lists(PHRASES, min_size=1, max_size=5, unique_by=normalize_answer)
+slow = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@slow
+@given(sets=st.lists(candidates, min_size=1, max_size=4), picture=st.lists(st.booleans(), min_size=4, max_size=4), size=st.integers(1, 4))
+def test_packed_ranking_is_one_at_a_time(vlm, processor, sets, picture, size):
+    "Any candidates, any mixture of pictures and none, any batch size: the log-likelihoods of each candidate alone"
+    image = Image.new('RGB', (28, 28), 'red')
+    questions = [ask(i, c, image if p else None) for i,(c,p) in enumerate(zip(sets, picture))]
+    scores,choices = rank_candidates(vlm, processor, questions, size, system='')
+    pixels = processor.image_processor(image, return_tensors='pt')['pixel_values']
+    for q,s,choice in zip(questions, scores, choices):
+        for c,value in zip(q['candidates'], s):
+            ids,start = encode_question(Chat(processor.tokenizer, system=''), q, c, 4 if q['image'] else 0)
+            with torch.no_grad(): logits = vlm(input_ids=torch.tensor([ids]), pixel_values=pixels if q['image'] else None).logits
+            logp = logits[0,start-1:-1].log_softmax(-1).gather(1, torch.tensor(ids)[start:,None]).sum()
+            assert abs(float(value-logp))<1e-4*max(1, abs(float(logp)))
+        assert choice==q['candidates'][int(s.argmax())]
+
+
+@slow
+@given(n=st.integers(1, 5), size=st.integers(1, 5), new=st.integers(1, 4))
+def test_generation_does_not_depend_on_the_batch(vlm, processor, n, size, new):
+    "Left padding: rows of different lengths answer as they do alone"
+    image = Image.new('RGB', (28, 28), 'teal')
+    questions = [ask(i, ['yes'], image if i%2 else None) | {'question': 'What is it, please? '*(i+1)} for i in range(n)]
+    together = generate_answers(vlm, processor, questions, new, size, system='')
+    assert together==[generate_answers(vlm, processor, [q], new, 1, system='')[0] for q in questions]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=5), min_size=1, max_size=5), st.lists(st.integers(0, 5), min_size=1, max_size=5))
+def test_every_target_of_a_packed_row_is_where_it_says(tails, prompt):
+    "Following a candidate's tokens through prefix and block gives the candidate back; each source precedes its target by one position"
+    seqs = [prompt+t+[9] for t in tails]
+    row = pack_candidates(seqs, len(prompt))
+    for k,seq in enumerate(seqs):
+        mine = (row['block']==0) | (row['block']==k+1)
+        assert row['input_ids'][mine].tolist()==seq and row['position_ids'][mine].tolist()==list(range(len(seq)))
+        of = row['owner']==k
+        assert row['target'][of].tolist()==seq[len(prompt):]
+        assert row['position_ids'][row['source'][of]].tolist()==list(range(len(prompt)-1, len(seq)-1))
+        assert mine[row['source'][of]].all()
+    assert len(row['block'])<=sum(map(len, seqs))
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([.8, .95, .99]))
+def test_wilson_is_symmetric_and_holds_the_estimate(kn, confidence):
+    k,n = kn
+    low,high = wilson(k, n, confidence)
+    assert 0<=low<=k/n<=high<=1 and (low, high)==pytest.approx([1-x for x in wilson(n-k, n, confidence)][::-1])
+    wider = wilson(k, n, confidence+.005)
+    assert wider[0]<=low and high<=wider[1] and wilson(2*k, 2*n, confidence)[1]-wilson(2*k, 2*n, confidence)[0]<high-low
+
+
+@given(st.text(max_size=20))
+def test_normal_form_is_stable_under_what_it_forgives(text):
+    form = normalize_answer(text)
+    assert normalize_answer(f'  {text}\n')==form
+    assert exact_match([f' {text.strip()} '], [text]).all()
+    assert form==' '.join(form.split())
+    if not text.rstrip().endswith('.'): assert normalize_answer(text+'.')==form
+
+
+REPLIES = st.sampled_from(['yes', 'no', 'Yes', 'No.', 'Yes, it is', 'n', 'y', 'know', '', 'maybe', ' NO ', 'not.. no', '.yes'])
+
+
+@given(st.lists(st.tuples(REPLIES, st.sampled_from(['yes', 'no'])), min_size=1, max_size=30), st.booleans())
+def test_yes_no_scores_count_what_they_say(pairs, lenient):
+    said,true = zip(*pairs)
+    s = yes_no_scores(said, true, lenient)
+    read = [yes_no(t, lenient) for t in said]
+    assert s['accuracy']==pytest.approx(np.mean([a==b for a,b in zip(read, true)]))
+    positives = [b for a,b in zip(read, true) if a=='yes']
+    assert s['precision']==pytest.approx(np.mean([b=='yes' for b in positives]) if positives else 0)
+    assert s['yes_rate']+s['other_rate']<=1+1e-9 and 0<=s['f1']<=1
+    assert min(s['precision'], s['recall'])-1e-9<=s['f1']<=max(s['precision'], s['recall'])+1e-9
+
+
+@given(st.lists(st.tuples(REPLIES, REPLIES), min_size=1, max_size=10))
+def test_mme_is_accuracy_plus_pairs(replies):
+    records = [dict(category='c', image=i, prediction=p, answer=a) for i,pair in enumerate(replies) for p,a in zip(pair, ('Yes', 'No'))]
+    right = np.array([[yes_no(p, True)=='yes', yes_no(q, True)=='no'] for p,q in replies])
+    assert mme_scores(records)['total']==pytest.approx(100*right.mean()+100*right.all(1).mean())
+    assert mme_scores(records[::-1])==pytest.approx(mme_scores(records))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_paired_difference_is_antisymmetric(pairs):
+    a,b = zip(*pairs)
+    there,back = paired_difference(a, b, 2000),paired_difference(b, a, 2000)
+    assert there['difference']==pytest.approx(-back['difference']) and there['low']<=there['difference']+1e-9<=there['high']+2e-9
+    assert there['low']==pytest.approx(-back['high'], abs=.15)
+    assert paired_difference(a, b, 2000)==there
+
+
+@given(st.lists(st.floats(0, 1), min_size=19, max_size=19))
+def test_average_score_is_linear_and_bounded(shares):
+    top = [800, 2000]*2+[100]*15
+    assert average_score([s*t for s,t in zip(shares, top)])==pytest.approx(np.mean(shares))
+
+
+@given(st.lists(st.dictionaries(st.sampled_from('abc'), st.integers() | st.text('xy|, "\n', max_size=4), min_size=1), min_size=1, max_size=5))
+def test_a_csv_table_reads_back(rows):
+    columns = list(dict.fromkeys(c for r in rows for c in r))
+    back = list(csv.DictReader(io.StringIO(score_table(rows, 'csv'), newline='')))
+    assert back==[{c: str(r.get(c, '')) for c in columns} for r in rows]
+
+
+def test_a_type_may_have_a_single_candidate_and_results_compare(vlm, processor):
+    questions = [ask(i, ['red', 'dark green', 'blue']) for i in range(3)]+[ask(3, ['circle']) | {'type': 'one'}]
+    result = evaluate(vlm, processor, questions, max_new_tokens=6)
+    assert result['scores']['one']['rank']['accuracy']==1 and result['types']['one']['chance']==1
+    assert json.loads(json.dumps(result))==result
+    assert compare(result, result, 'exact')['all']==dict(difference=0., low=0., high=0., n=4)
+
+
+def test_wrong_questions_and_models_are_named(vlm, processor, tokenizer, tmp_path):
+    q = ask(0, ['red', 'blue'])
+    bad = tmp_path/'bad.png'
+    bad.write_bytes(b'not a picture')
+    for image,words in ((bad, 'bad.png'), (tmp_path/'none.png', 'none.png')):
+        with pytest.raises(GraftError, match=words): rank_candidates(vlm, processor, [q | {'image': image}])
+    blind = AutoModelForCausalLM.from_config(vlm.config.text_config)
+    with pytest.raises(EvaluationError, match='cannot see'): rank_candidates(blind, tokenizer, [q | {'image': Image.new('RGB', (28, 28))}])
+    assert len(rank_candidates(blind, tokenizer, without_pictures([q]))[1])==1
+    with pytest.raises(EvaluationError, match='max_new_tokens is 1'): evaluate(vlm, processor, [q], max_new_tokens=1)
+    with pytest.raises(EvaluationError, match='no questions'): evaluate(vlm, processor, [])
+    bare = AutoTokenizer.from_pretrained(get_llm('smollm2'))
+    bare.chat_template = None
+    with pytest.raises(GraftError, match='chat_template'): rank_candidates(blind, bare, [q])
+
+
+def test_scores_need_neither_a_model_nor_transformers():
+    code = "import sys, graftlab.scores as s; s.exact_match(['a'], ['A']); print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip()=='False'
