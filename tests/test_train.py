@@ -116,7 +116,7 @@ def torchrun(folder):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), __file__, str(folder)],
                           env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -183,26 +183,31 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(ranks, alone):
     assert_near(load_file(folder/"from-two"/"trained.safetensors"), load_file(alone[None][2]/"trained.safetensors"))
 
 
-def in_child(work):
-    "Run `work` in a forked process; its exit status"
-    if pid := os.fork(): return os.waitpid(pid, 0)[1]
-    code = 1
-    try: work(); code = 0
-    finally: os._exit(code)
+KILLED = dict(steps=24, batch_size=4, micro_batch=2, precision="bf16", noise=.1, response_weight="paper", checkpoint_every=3)
+
+
+def in_child(folder, out, at=0, wait=0.):
+    "Train in a process of its own, which kills itself `wait` seconds after its `at`-th pass; its exit status"
+    return subprocess.run([sys.executable, __file__, str(folder), out, str(at), str(wait)], timeout=300,
+                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")).returncode
+
+
+def train_in_child(folder, out, at, wait):
+    "What `in_child` starts"
+    kill = threading.Timer(wait, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(json.loads((folder/"records.json").read_text()), folder/out, recipe(**KILLED), on_nth(at, kill.start))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_the_same(tmp_path):
     records, rng = make_records(tmp_path, 20), random.Random(7)
-    asked = recipe(steps=24, batch_size=4, micro_batch=2, precision="bf16", noise=.1, response_weight="paper", checkpoint_every=3)
-    assert in_child(lambda: run(records, tmp_path/"whole", asked)) == 0
+    (tmp_path/"records.json").write_text(json.dumps(records))
+    assert in_child(tmp_path, "whole") == 0
     seen = []
     for _ in range(3): # at a random pass, and a random while later: while it computes, writes a line, writes a checkpoint
-        at, wait = rng.randint(8, 11), rng.uniform(0, .02)
-        status = in_child(lambda: run(records, tmp_path/"cut", asked, on_nth(at, lambda: threading.Timer(wait, lambda: os.kill(os.getpid(), signal.SIGKILL)).start())))
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert in_child(tmp_path, "cut", rng.randint(8, 11), rng.uniform(0, .02)) == -signal.SIGKILL
         seen.append(len(metrics(tmp_path/"cut")))
     assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 24 # it went on, not back to the start
-    assert in_child(lambda: run(records, tmp_path/"cut", asked)) == 0
+    assert in_child(tmp_path, "cut") == 0
     assert (tmp_path/"cut"/"trained.safetensors").read_bytes() == (tmp_path/"whole"/"trained.safetensors").read_bytes()
     for key in "step", "loss", "grad_norm", "lr": assert [l[key] for l in metrics(tmp_path/"cut")] == [l[key] for l in metrics(tmp_path/"whole")]
     assert list((tmp_path/"cut"/"checkpoints").iterdir()) == []
@@ -298,4 +303,6 @@ def test_ranks_that_did_not_find_each_other_are_an_error(monkeypatch):
     with pytest.raises(GraftError, match="2 processes were launched but 1 joined"): make_accelerator("no")
 
 
-if __name__ == "__main__": on_each_rank(Path(sys.argv[1]))
+if __name__ == "__main__":
+    if len(sys.argv) == 2: on_each_rank(Path(sys.argv[1]))
+    else: train_in_child(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
