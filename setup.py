@@ -20,5 +20,5 @@ setup(
     packages=find_packages(include=['graftlab', 'graftlab.*']), include_package_data=True, zip_safe=False,
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
     extras_require={k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
-    entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d']},
+    entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'lmms_eval.models': cfg['lmms_models'].split('\n'), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d']},
 )

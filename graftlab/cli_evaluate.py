@@ -13,41 +13,88 @@ from pathlib import Path
 from .command import arg, command
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000005
-@command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`'),
-         arg('questions', metavar='FILE', help='JSON list of questions'),
-         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the file)'),
-         arg('--batch-size', type=int, default=32, help='questions at a time (default: 32)'),
-         arg('--max-new-tokens', type=int, default=16, help='length of an answer at most (default: 16)'),
-         arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
-         examples='graftlab evaluate grafted questions.json --out scores.json')
-def evaluate(args):
-    "Score a model on questions: ranking among candidates and exact match"
-    import torch
-    from graftlab.cli_train import open_vlm
-    from graftlab.evaluate import evaluate as score, type_table
-    from graftlab.files import write_json
+def _print(rows, columns):
+    "Rows in columns of equal width"
+    widths = [max(len(str(r[c])) for r in [dict(zip(columns, columns)), *rows])+2 for c in columns]
+    for row in [dict(zip(columns, columns)), *rows]: print(''.join(f'{row[c]!s:>{w}}' for c,w in zip(columns, widths)))
+
+def _questions(args):
+    "Questions of a file, checked as far as JSON goes, with whole paths of pictures"
     from graftlab.host import GraftError
     try: questions = json.loads(Path(args.questions).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise GraftError(f'{args.questions}: {e}') from e
     if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions): raise GraftError(f'{args.questions}: expected a JSON list of objects')
     folder = Path(args.images or Path(args.questions).parent)
     for q in questions: q['image'] = q.get('image') and str(folder/q['image'])
+    return questions[:args.limit]
+
+def _asked(args):
+    "Scores on questions of one's own, by type"
+    import torch
+    from graftlab.cli_train import open_vlm
+    from graftlab.evaluate import evaluate as score, type_table
+    from graftlab.files import write_json
+    questions = _questions(args)
     vlm,processor,_ = open_vlm(args.model)
     vlm = vlm.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
-    result = score(vlm, processor, questions, args.batch_size, args.max_new_tokens, progress=sys.stderr.isatty())
+    result = score(vlm, processor, questions, args.batch_size or 32, args.max_new_tokens, progress=sys.stderr.isatty())
     if args.out: write_json(args.out, result)
     rows = type_table({args.model: result})
-    columns = [k for k in rows[0] if k!='model']
-    for row in [dict(zip(columns, columns)), *rows]: print('  '.join(f'{row[c]!s:>14}' for c in columns))
+    _print(rows, [k for k in rows[0] if k!='model'])
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000008
+def _text(args):
+    "Scores by lm-evaluation-harness, of one model or of two"
+    from graftlab.files import write_json
+    from graftlab.harness import language_change, text_scores, text_table
+    from graftlab.zoo import get_llm
+    tasks = None if args.tasks==['paper'] else args.tasks
+    options = dict(limit=args.limit, shots=args.shots, include=args.include, chat=args.chat, batch_size=args.batch_size or 1, progress=sys.stderr.isatty())
+    if args.before:
+        result = language_change(get_llm(args.before), get_llm(args.model), tasks, **options)
+        rows,parts = result['change'],[result['before'], result['after']]
+    else:
+        result = text_scores(get_llm(args.model), tasks, **options)
+        rows,parts = text_table({args.model: result}),[result]
+    if args.out: write_json(args.out, result)
+    _print(rows, [c for c in rows[0] if c!='model'])
+    long = sum(t['too_long'] for p in parts for t in p['tasks'].values())
+    if long: print(f'{long} prompts were longer than the model can read; the harness cut off their beginnings')
+
+# %% ../nbs/14d_cli_evaluate.ipynb #00000009
+@command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`; with --text also a zoo name or hub id'),
+         arg('questions', metavar='FILE', nargs='?', help='JSON list of questions'),
+         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the file)'),
+         arg('--text', action='store_true', help='score the language model with lm-evaluation-harness, in place of FILE'),
+         arg('--tasks', nargs='+', default=['paper'], metavar='TASK', help="with --text: the harness's tasks (default: paper, the eight of Table A.5 with their shots)"),
+         arg('--shots', type=int, help="with --text: examples before each question (default: those of Table A.5, or the task's own)"),
+         arg('--include', metavar='DIR', help="with --text: folder of further tasks in the harness's YAML"),
+         arg('--chat', action='store_true', help="with --text: put questions into the model's chat template"),
+         arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
+         arg('--limit', type=int, help='only the first so many questions, of each task'),
+         arg('--batch-size', type=int, help='questions at a time (default: 32; with --text 1, as the harness)'),
+         arg('--max-new-tokens', type=int, default=16, help='length of an answer at most (default: 16)'),
+         arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
+         examples='graftlab evaluate grafted questions.json --out scores.json\n'
+                  'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'
+                  'graftlab evaluate runs/s3/model --text --before smollm2 --out change.json')
+def evaluate(args):
+    "Score a model: on questions of your own, or its language with lm-evaluation-harness"
+    from graftlab.host import GraftError
+    if args.limit is not None and args.limit<1: raise GraftError(f'--limit {args.limit}: a number of questions, at least 1, is expected')
+    if args.text: return _text(args)
+    if args.tasks!=['paper'] or args.before or args.include or args.chat or args.shots is not None: raise GraftError('--tasks, --shots, --include, --chat and --before go with --text')
+    if not args.questions: raise GraftError('say what to score on: a FILE of questions, or --text')
+    _asked(args)
+
+# %% ../nbs/14d_cli_evaluate.ipynb #0000000c
 @command(arg('run', metavar='RUN', help='folder of a run of `graftlab demo`'), examples='graftlab report runs/demo')
 def report(args):
     "Write the HTML page of a run again from its own files"
     from graftlab.report import make_report
     print(make_report(args.run))
 
-# %% ../nbs/14d_cli_evaluate.ipynb #0000000b
+# %% ../nbs/14d_cli_evaluate.ipynb #0000000f
 @command(arg('--quick', action='store_true', help='a few steps of everything; claims nothing'),
          arg('--out', metavar='DIR', default='runs/demo', help='folder of the run (default: runs/demo)'),
          arg('--seed', type=int, default=0, help='of adapters and of the order of data (default: 0)'),

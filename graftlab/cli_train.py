@@ -12,43 +12,49 @@ from pathlib import Path
 
 from .command import arg, command
 
-# %% ../nbs/14c_cli_train.ipynb #00000005
-def _recipe(stage, settings):
-    "The papers' recipe of a stage, with KEY=VALUE changes"
-    import dataclasses
-    from graftlab import recipe
-    from graftlab.host import GraftError
-    fields,changes = {f.name for f in dataclasses.fields(recipe.Recipe)}-{'stage'},{}
-    for setting in settings:
-        key,_,value = setting.partition('=')
-        if key not in fields or not value: raise GraftError(f"--set {setting}: expected KEY=VALUE with KEY one of {', '.join(sorted(fields))}")
-        try: changes[key] = json.loads(value)
-        except ValueError: changes[key] = value
-    return getattr(recipe, f'stage{stage}')(**changes)
-
-# %% ../nbs/14c_cli_train.ipynb #00000008
+# %% ../nbs/14c_cli_train.ipynb #00000006
 def open_vlm(
     folder, # LLaVA folder
 ): # (model in fp32, processor, what graftlab.json says)
     "Model, processor and graftlab.json of a model folder"
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
+    import graftlab.pruned_vlm # makes towers with a codebook known to transformers
     from graftlab.zoo import check_folder
-    note = check_folder(folder)/'graftlab.json'
-    info = json.loads(note.read_text()) if note.exists() else {}
+    info = _note(check_folder(folder))
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True), AutoProcessor.from_pretrained(folder), info
 
-def _start(args):
-    "Model, processor and what is known of them: from decoder and encoder, or from a model folder"
+def _note(folder):
+    "What graftlab.json of a folder says"
+    note = Path(folder)/'graftlab.json'
+    return json.loads(note.read_text()) if note.exists() else {}
+
+def _start(args, empty=False):
+    "Model, processor, what is known of them, and where numbers are that an empty model has not: from decoder and encoder, or from a model folder"
     from graftlab.host import GraftError
+    from graftlab.sharding import empty_vlm
     from graftlab.vlm import build_vlm, host_fingerprint
     from graftlab.zoo import get_encoder, get_llm
-    if args.model: return open_vlm(args.model)
+    if args.model:
+        if not empty: return *open_vlm(args.model), None
+        vlm,processor,weights = empty_vlm(args.model)
+        return vlm, processor, _note(args.model), weights
     if not (args.llm and args.encoder): raise GraftError('say where to begin: --llm and --encoder, or --model')
     llm = get_llm(args.llm)
-    note = json.loads((llm/'graftlab.json').read_text()) if (llm/'graftlab.json').exists() else {}
-    vlm,processor = build_vlm(llm, get_encoder(args.encoder), image_size=args.image_size)
-    return vlm, processor, dict(fingerprint=host_fingerprint(llm), host=note.get('source', args.llm), translators=note.get('translators', []))
+    note,build = _note(llm),empty_vlm if empty else build_vlm
+    vlm,processor,*weights = build(llm, get_encoder(args.encoder), image_size=args.image_size)
+    info = dict(fingerprint=host_fingerprint(llm), host=note.get('source', args.llm), translators=note.get('translators', []))
+    return vlm, processor, info, weights[0] if empty else None
+
+# %% ../nbs/14c_cli_train.ipynb #0000000a
+def _gathered(args, recipe):
+    "The whole model, trained: what it began with, and RUN/trained.safetensors"
+    from graftlab.train import load_trained
+    from graftlab.vlm import trainable_names
+    vlm,_,info,_ = _start(args)
+    params = dict(vlm.named_parameters())
+    load_trained(args.out, {f'vlm.{n}': params[n] for n in trainable_names(vlm, args.stage, recipe.last_k, tuple(info.get('translators', ())))})
+    return vlm
 
 # %% ../nbs/14c_cli_train.ipynb #0000000b
 @command(arg('stage', type=int, choices=[1, 2, 3], help='1: adapter and translator; 2: encoder and adapter on the surrogate; 3: all, on the host'),
@@ -60,21 +66,33 @@ def _start(args):
          arg('--image-size', type=int, metavar='PX', help="side of the square input (default: the encoder's own)"),
          arg('--model', metavar='DIR', help='model folder to go on from, in place of --llm and --encoder'),
          arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr_adapter=1e-3'),
+         arg('--config', metavar='TOML', help='recipe file: fields of the recipe, tables [stage1] to [stage3]; --set counts last'),
+         arg('--dry-run', action='store_true', help='print trained parameters, memory, steps, arithmetic and hours; train nothing'),
+         arg('--gpus', type=int, help='for the dry run: devices (default: those it is launched on)'),
          arg('--workers', type=int, default=0, help='processes that prepare batches ahead (default: 0)'),
          examples='graftlab train 1 runs/s1 --llm small --encoder vit-s14 --data chat.json\n'
                   'graftlab train 2 runs/s2 --model runs/s1/model --data chat.json --set steps=2000 batch_size=32\n'
+                  'graftlab train 3 runs/s3 --model grafted --data chat.json --config recipe.toml --dry-run --gpus 128\n'
                   'torchrun --nproc-per-node 8 --no-python graftlab train 2 runs/s2 --model runs/s1/model --data chat.json')
 def train(args):
     "Train one stage of Grafting on LLaVA conversations"
     from graftlab.data import Collator
     from graftlab.files import write_json
+    from graftlab.recipe import read_recipe
     from graftlab.records import load_conversations
+    from graftlab.sharding import leave
     from graftlab.train import train as run
     from graftlab.vlm import save_graft, save_vlm
-    recipe,records = _recipe(args.stage, args.set),load_conversations(args.data, args.images)
-    vlm,processor,info = _start(args)
-    done = run(vlm, records, Collator.from_processor(processor, args.stage), recipe, args.out, tuple(info.get('translators', ())), workers=args.workers)
+    recipe,records = read_recipe(args.config, args.stage, args.set),load_conversations(args.data, args.images)
+    if args.dry_run:
+        from graftlab.cli_plan import dry_run
+        return print(dry_run(args, recipe, records))
+    spread = recipe.shard is not None
+    vlm,processor,info,weights = _start(args, empty=spread)
+    done = run(vlm, records, Collator.from_processor(processor, args.stage), recipe, args.out, tuple(info.get('translators', ())), weights=weights, workers=args.workers)
+    leave()
     if int(os.environ.get('RANK', 0)): return
+    if spread: vlm = _gathered(args, recipe)
     out,info = Path(args.out),info | dict(kind='vlm', stage=args.stage)
     write_json(save_vlm(vlm, processor, out/'model')/'graftlab.json', info)
     if args.stage>1 and 'fingerprint' in info: save_graft(vlm, out/'graft', processor, info['fingerprint'], info.get('host', ''), args.stage, metrics=done)

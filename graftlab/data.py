@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_PROMPTS', 'make_row', 'Collator', 'stack_rows', 'LengthGroupedSampler', 'Conversations', 'load_conversations',
            'mix', 'multiple_choice', 'block_mask', 'pack']
 
-# %% ../nbs/03_data.ipynb #0d70fd21
+# %% ../nbs/03_data.ipynb #00000002
 import random
 from collections.abc import Sequence
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .chat import Chat, block_mask, pack, shared_prefix, supervised, truncate
+from .choices import multiple_choice
 from .images import BadRecord, image_sources, open_images, square
-from .records import Conversations, load_conversations, mix, multiple_choice
+from .records import Conversations, load_conversations, mix
 
-# %% ../nbs/03_data.ipynb #dc3b8d63
+# %% ../nbs/03_data.ipynb #00000005
 _all_ = ['Conversations', 'load_conversations', 'mix', 'multiple_choice', 'block_mask', 'pack']
 
-# %% ../nbs/03_data.ipynb #1e0ef197
+# %% ../nbs/03_data.ipynb #00000008
 def make_row(
     conversations:Sequence, # `Tokens` of one or more conversations
     prefix:int, # Number of leading tokens that they share
@@ -41,7 +42,7 @@ def make_row(
         end,first = end+len(c)-prefix,first+int(c.turn.max())+1
     return row | dict(source=torch.cat(source), target=torch.cat(target), response=torch.cat(response))
 
-# %% ../nbs/03_data.ipynb #77005c32
+# %% ../nbs/03_data.ipynb #0000000d
 IMAGE_PROMPTS = ("Have a look at this picture: <image>", "<image>\nThis is what the camera saw.", "Here is an image. <image>",
     "The following concerns this picture. <image>", "<image>\nUse what you see above.", "Consider what is shown here: <image>",
     "A picture comes first: <image>", "Please study this image: <image>", "<image>\nThe question below is about this image.",
@@ -58,7 +59,7 @@ def _questions(record, image_prompts, seed, independent):
     if image_prompts and n==1: turns = [((lead if '<image>' in q else '')+_bare(q), a) for q,a in turns]
     return [turns]
 
-# %% ../nbs/03_data.ipynb #6f9cbc0e
+# %% ../nbs/03_data.ipynb #00000010
 class Collator:
     "Records to a batch of tensors (format: LLaVA's; labels: Section A.9)"
     def __init__(self,
@@ -81,7 +82,7 @@ class Collator:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (tokenizer.eos_token_id or 0)
 
-# %% ../nbs/03_data.ipynb #04f87cdc
+# %% ../nbs/03_data.ipynb #00000012
 @patch(cls_method=True)
 def from_processor(cls:Collator,
     processor, # transformers' `LlavaProcessor`
@@ -93,7 +94,7 @@ def from_processor(cls:Collator,
     n = processor.replace_image_token(picture, 0).count(processor.image_token)
     return cls(processor.tokenizer, processor.image_processor, processor.image_token_id, n, stage, **kwargs)
 
-# %% ../nbs/03_data.ipynb #e57d2b7c
+# %% ../nbs/03_data.ipynb #00000015
 @patch
 def rows(self:Collator,
     record:dict, # A record
@@ -116,7 +117,7 @@ def length(self:Collator,
     "Length of a record, for batches grouped by length"
     return sum(len(r['block']) for r in self.rows(record)[0])
 
-# %% ../nbs/03_data.ipynb #3e72445d
+# %% ../nbs/03_data.ipynb #00000018
 @patch
 def pixels(self:Collator,
     record:dict, # A record
@@ -128,7 +129,7 @@ def pixels(self:Collator,
     images = [square(im, self.image_processor.image_mean or (0, 0, 0)) for im in images]
     return torch.as_tensor(self.image_processor(images=images, return_tensors='pt', input_data_format='channels_last')['pixel_values'])
 
-# %% ../nbs/03_data.ipynb #60bfc675
+# %% ../nbs/03_data.ipynb #0000001b
 def _pad(rows, key, fill):
     "Rows' tensors under one key, filled up on the right, (B, N)"
     return torch.nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=fill)
@@ -148,7 +149,7 @@ def stack_rows(
     return batch | dict(source=torch.cat([r['source']+i*width for i,r in enumerate(rows)]),
         target=torch.cat([r['target'] for r in rows]), response=torch.cat([r['response']+n for r,n in zip(rows, first)]))
 
-# %% ../nbs/03_data.ipynb #c3f27be7
+# %% ../nbs/03_data.ipynb #0000001e
 @patch
 def __call__(self:Collator,
     records:Sequence[dict], # Records, as `load_conversations` gives them
@@ -177,7 +178,7 @@ def prompt(self:Collator,
     def _own(q): return q.replace('<image>', self.chat.image_token)
     return self.chat.prompt(_own(question), answer_start, [(_own(q), a) for q,a in history])
 
-# %% ../nbs/03_data.ipynb #a8a5984a
+# %% ../nbs/03_data.ipynb #00000029
 class LengthGroupedSampler(Sampler):
     "Indices in an order whose consecutive batches hold records of like length, anew each epoch"
     def __init__(self,

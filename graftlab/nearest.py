@@ -6,12 +6,12 @@
 __all__ = ['Facts', 'ROUNDING', 'GROUP', 'CROWD', 'table_facts', 'product_error', 'score_bound', 'shortlist', 'rerank',
            'exact_search', 'nearest']
 
-# %% ../nbs/08a_nearest.ipynb #f9786952
+# %% ../nbs/08a_nearest.ipynb #00000002
 from collections import namedtuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/08a_nearest.ipynb #d75faeed
+# %% ../nbs/08a_nearest.ipynb #0000000b
 Facts = namedtuple('Facts', 'mean half norm')
 ROUNDING = dict(highest=0., high=2**-9, medium=2**-7) # of a product's two factors together, by torch's matmul precision
 
@@ -19,9 +19,11 @@ def table_facts(
     table:Tensor, # One level's table, (K, D), float32
 )->Facts: # Mean (D,), half squared norms of the centred entries (K,), largest norm ()
     "What the search needs to know about a table, summed in float64"
-    wide = table.double()
-    mean = wide.mean(0).float()
-    return Facts(mean, ((wide-mean.double()).square().sum(1)/2).float(), wide.norm(dim=1).max().float())
+    work = table.new_empty(min(256, len(table)), table.shape[1], dtype=torch.float64)     # in place: no float64 copy of the table
+    wide = lambda: (work[:len(p)].copy_(p) for p in table.split(256))
+    mean = (sum(w.sum(0) for w in wide())/len(table)).float()
+    half = torch.cat([w.sub_(mean).square_().sum(1)/2 for w in wide()]).float()
+    return Facts(mean, half, torch.cat([w.square_().sum(1) for w in wide()]).max().sqrt().float())
 
 def product_error(
     dim:int, # Length of the two vectors, D
@@ -36,7 +38,7 @@ def score_bound(
     "Bound on the float32 error of `r @ table.T - half`, for any order of summation"
     return product_error(r.shape[1])*facts.norm*r.norm(dim=1, keepdim=True)*1.01 + 2**-22*facts.half.max()
 
-# %% ../nbs/08a_nearest.ipynb #e90aaed1
+# %% ../nbs/08a_nearest.ipynb #0000000e
 GROUP = 64 # columns a group
 
 def shortlist(
@@ -45,14 +47,14 @@ def shortlist(
 )->tuple[Tensor,Tensor]: # Row and code of each pair, rows ascending
     "All (row, code) whose score is within `slack` of the row's best"
     n,k = score.shape
-    groups = score.view(n, GROUP, k//GROUP)
-    tops = groups.amax(1)
+    groups = score.view(n, k//GROUP, GROUP)
+    tops = groups.amax(2)
     floor = tops.amax(1, keepdim=True) - slack
     row,g = (tops>=floor).nonzero(as_tuple=True)
-    i,j = (groups[row, :, g]>=floor[row]).nonzero(as_tuple=True)
-    return row[i],j*(k//GROUP)+g[i]
+    i,j = (groups[row, g]>=floor[row]).nonzero(as_tuple=True)
+    return row[i],g[i]*GROUP+j
 
-# %% ../nbs/08a_nearest.ipynb #f0dd0620
+# %% ../nbs/08a_nearest.ipynb #00000011
 def rerank(
     r:Tensor, # Residuals, (n, D)
     table:Tensor, # (K, D)
@@ -67,7 +69,7 @@ def rerank(
     tie = dist==least[row]
     return code.new_full((len(r),), len(table)).scatter_reduce_(0, row[tie], code[tie], 'amin')
 
-# %% ../nbs/08a_nearest.ipynb #bd93a1b7
+# %% ../nbs/08a_nearest.ipynb #00000013
 CROWD = 32 # candidates a row; more go to the exact search
 
 def exact_search(
@@ -85,7 +87,7 @@ def exact_search(
         best = torch.minimum(best, least)
     return ids
 
-# %% ../nbs/08a_nearest.ipynb #817c4962
+# %% ../nbs/08a_nearest.ipynb #00000016
 def nearest(
     score:Tensor, # Scores, (n, K padded to a multiple of 64 with -inf)
     slack:Tensor, # Twice the bound on their error, (n, 1)

@@ -6,7 +6,7 @@
 __all__ = ['QuantizedTowerConfig', 'cls_mask', 'QuantizedTowerOutput', 'QuantizedTower', 'encode_patches', 'quantize_tower',
            'prune_inputs', 'vilau_codebook', 'load_vilau']
 
-# %% ../nbs/08b_tower.ipynb #5c25b5d5
+# %% ../nbs/08b_tower.ipynb #00000002
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .prune import keep_count, keep_features, prune_prompt, select_tokens
 from .quantize import CodebookMismatch, ResidualQuantizer
 from .vlm import embed, tower_layers
 
-# %% ../nbs/08b_tower.ipynb #10902fe9
+# %% ../nbs/08b_tower.ipynb #00000006
 class QuantizedTowerConfig(PreTrainedConfig):
     "Config of an encoder with a quantiser behind one of its layers"
     model_type = 'graftlab_quantized_tower'
@@ -46,7 +46,7 @@ class QuantizedTowerConfig(PreTrainedConfig):
         for name in ('hidden_size', 'image_size', 'patch_size'): setattr(self, name, getattr(self.backbone_config, name))
         super().__post_init__(**kwargs)
 
-# %% ../nbs/08b_tower.ipynb #6f3a42e4
+# %% ../nbs/08b_tower.ipynb #00000009
 def cls_mask(
     tokens:int, # Tokens with [CLS] in front, N + 1
     dtype:torch.dtype=torch.float32, # Of the hidden states
@@ -57,7 +57,7 @@ def cls_mask(
     mask[1:, 0] = torch.finfo(dtype).min
     return mask[None, None]
 
-# %% ../nbs/08b_tower.ipynb #8915ce13
+# %% ../nbs/08b_tower.ipynb #0000000c
 @dataclass
 class QuantizedTowerOutput(ModelOutput):
     "Quantised features (B, N, D), also as the only `hidden_states`; [CLS] (B, D) or None; codes (B, N, depth); features before quantisation (B, N, D)"
@@ -85,7 +85,7 @@ class QuantizedTower(PreTrainedModel):
 AutoConfig.register('graftlab_quantized_tower', QuantizedTowerConfig, exist_ok=True)
 AutoModel.register(QuantizedTowerConfig, QuantizedTower, exist_ok=True)
 
-# %% ../nbs/08b_tower.ipynb #7262c976
+# %% ../nbs/08b_tower.ipynb #0000000f
 def encode_patches(
     tower:QuantizedTower, # The tower
     pixel_values:Tensor, # Pictures (B, 3, H, W)
@@ -117,7 +117,7 @@ def forward(self:QuantizedTower,
     out = QuantizedTowerOutput(quantized, cls, (quantized,), ids, features)
     return out if return_dict else out.to_tuple()
 
-# %% ../nbs/08b_tower.ipynb #27dc743a
+# %% ../nbs/08b_tower.ipynb #00000011
 def quantize_tower(
     encoder:nn.Module, # Vision transformer of the CLIP, SigLIP or DINOv2 kind
     codebook:Tensor, # (K, D) or (depth, K, D), D the encoder's width
@@ -135,7 +135,7 @@ def quantize_tower(
     tower.quantizer = ResidualQuantizer(codebook, depth)
     return tower
 
-# %% ../nbs/08b_tower.ipynb #23412264
+# %% ../nbs/08b_tower.ipynb #0000001a
 def prune_inputs(
     vlm, # LLaVA model with a `QuantizedTower`
     inputs:dict, # `input_ids`, `attention_mask`, `pixel_values`, perhaps `labels`; one picture a row
@@ -153,7 +153,7 @@ def prune_inputs(
     short = prune_prompt({k: v for k,v in inputs.items() if k!='pixel_values'}, keep, vlm.config.image_token_index, positions)
     return {**{k: v for k,v in short.items() if k!='input_ids'}, 'inputs_embeds': embed(vlm, short['input_ids'], features)}
 
-# %% ../nbs/08b_tower.ipynb #4d3e5dac
+# %% ../nbs/08b_tower.ipynb #0000001d
 def _read(folder:Path, wanted)->dict:
     "Tensors of a folder's safetensors files whose name `wanted` accepts"
     files = sorted(folder.glob('*.safetensors'))
@@ -179,7 +179,7 @@ def vilau_codebook(
     tables = [found[n][:entries].float() for n in names]
     return (tables[0] if told.get('shared_codebook') else torch.stack(tables)),depth,prefix
 
-# %% ../nbs/08b_tower.ipynb #58181e41
+# %% ../nbs/08b_tower.ipynb #0000001f
 def load_vilau(
     folder:str|Path, # VILA-U's vision tower
     siglip:str|Path=None, # Folder or hub id of the SigLIP config; None: as the folder's config names it

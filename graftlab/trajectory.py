@@ -7,7 +7,7 @@ __all__ = ['NonFinite', 'counted', 'Samples', 'read_batch', 'Trajectory', 'assem
            'Transition', 'leaving_layers', 'find_transition', 'plot_trajectory', 'save_trajectory', 'load_trajectory',
            'cut_command']
 
-# %% ../nbs/01_trajectory.ipynb #137caecd
+# %% ../nbs/01_trajectory.ipynb #00000002
 import csv, hashlib, json, math, shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from .host import GraftError, Host, fingerprint
 from .lens import BadSample, LensRead, position_kl, read_lens
 from .streaming import embed, open_frame, run_layer, slim, stream_layers
 
-# %% ../nbs/01_trajectory.ipynb #34ec2079
+# %% ../nbs/01_trajectory.ipynb #00000007
 class NonFinite(GraftError): "Hidden states with NaN or infinity"
 
 def counted(
@@ -37,7 +37,7 @@ def counted(
     if 'labels' not in batch: raise BadSample("response_only needs `labels` in each batch, -100 where a token is no response")
     return keep & (batch['labels'][:, 1:]!=-100)
 
-# %% ../nbs/01_trajectory.ipynb #a357cdc1
+# %% ../nbs/01_trajectory.ipynb #00000009
 class Samples:
     "Batches, checked: ids, mask and counted positions of each, and the number of counted positions of each sample"
     def __init__(self,
@@ -51,7 +51,7 @@ class Samples:
         if short: raise BadSample(f"sample {short[0]} has {self.sizes[short[0]]} next token(s) that count; 2 are the least that can be compared "
             f"({len(short)} such sample(s)): leave them out or give longer text")
 
-# %% ../nbs/01_trajectory.ipynb #cc848828
+# %% ../nbs/01_trajectory.ipynb #0000000c
 def _read(host:Host, hidden:Tensor, ids:Tensor, keep:Tensor, layer:int, first:int, details:bool)->LensRead:
     "The lens at the counted positions of one batch, whose first sample is number `first`"
     ids,keep = ids.to(hidden.device),keep.to(hidden.device)
@@ -81,7 +81,7 @@ def read_batch(
         for h in hooks: h.remove()
     return out
 
-# %% ../nbs/01_trajectory.ipynb #d8842299
+# %% ../nbs/01_trajectory.ipynb #00000010
 @dataclass
 class Trajectory:
     "Eq. 4 for S samples at L layers, and what was asked for beside it"
@@ -107,7 +107,7 @@ def assemble(
     if reads[0].top is None: return kl, None, None
     return kl, torch.stack([(t==t[-1]).float().mean(1) for t in cut('top')]), torch.stack([h.mean(1) for h in cut('entropy')])
 
-# %% ../nbs/01_trajectory.ipynb #8fe0e6c2
+# %% ../nbs/01_trajectory.ipynb #00000013
 def _key(folder, samples:Samples, *options)->str:
     "Identity of a streamed run"
     h = hashlib.sha256(json.dumps([fingerprint(folder), *map(str, options)]).encode())
@@ -121,7 +121,7 @@ def _save_state(work:Path, key:str, layer:int, states:list[Tensor], reads:list[L
     with fresh_folder(work/f'layer-{layer:04}') as new: save_file(tensors, new/'state.safetensors', metadata=dict(key=key))
     for old in [*sorted(work.glob('layer-*'))[:-1], *work.glob('.layer-*')]: shutil.rmtree(old)
 
-# %% ../nbs/01_trajectory.ipynb #d8742c82
+# %% ../nbs/01_trajectory.ipynb #00000014
 def _load_state(work:Path, key:str)->tuple[int, list[Tensor], list[LensRead]]:
     "First layer still to do, states and reads of a stopped run; (0, [], []) for a new one"
     done = sorted(Path(work).glob('layer-*/state.safetensors'))
@@ -134,7 +134,7 @@ def _load_state(work:Path, key:str)->tuple[int, list[Tensor], list[LensRead]]:
         n = len(cols[0])
         return n, get('state'), [LensRead(*(c[i] if c else None for c in cols)) for i in range(n)]
 
-# %% ../nbs/01_trajectory.ipynb #310f9c5c
+# %% ../nbs/01_trajectory.ipynb #00000016
 def _in_memory(model:nn.Module, samples:Samples, details:bool, progress:bool)->list[LensRead]:
     "Reads of a model in memory, batch after batch"
     host,first,out,was = Host(model),0,[],model.training
@@ -148,7 +148,7 @@ def _in_memory(model:nn.Module, samples:Samples, details:bool, progress:bool)->l
     finally: model.train(was)
     return [_joined(r) for r in zip(*out)]
 
-# %% ../nbs/01_trajectory.ipynb #bfb68258
+# %% ../nbs/01_trajectory.ipynb #00000017
 def _streamed(folder:Path, samples:Samples, details:bool, progress:bool, work:Path|None, dtype)->list[LensRead]:
     "Reads of a checkpoint folder, layer after layer"
     key = _key(folder, samples, details, dtype) if work else ''
@@ -169,7 +169,7 @@ def _streamed(folder:Path, samples:Samples, details:bool, progress:bool, work:Pa
     bar.close()
     return reads
 
-# %% ../nbs/01_trajectory.ipynb #e3e35f33
+# %% ../nbs/01_trajectory.ipynb #00000019
 def prediction_trajectory(
     model:nn.Module|str|Path, # A model, or a checkpoint folder to stream one layer at a time
     batches:Iterable[dict], # Dicts with input_ids, attention_mask (B, N) and, for responses, labels
@@ -189,7 +189,7 @@ def prediction_trajectory(
     info = dict(host=name, fingerprint=fingerprint(model), layers=kl.shape[1], samples=len(kl), response_only=response_only, eps=eps)
     return Trajectory(kl, samples.sizes, agreement, entropy, info)
 
-# %% ../nbs/01_trajectory.ipynb #43e7b7a2
+# %% ../nbs/01_trajectory.ipynb #00000021
 class NoTransition(GraftError): "The curves have no point at which they come together and fall to zero"
 
 @dataclass
@@ -209,7 +209,7 @@ def leaving_layers(
     last = kl.shape[1]-1-above.flip(1).int().argmax(1) # the last layer that is not below
     return torch.where(above.any(1), last+1, 0)
 
-# %% ../nbs/01_trajectory.ipynb #6c00e722
+# %% ../nbs/01_trajectory.ipynb #00000024
 def _reached(left:np.ndarray, share:float)->np.ndarray:
     "First layer by which `share` of the samples (last axis) have left"
     k = math.ceil(share*left.shape[-1])-1
@@ -218,10 +218,11 @@ def _reached(left:np.ndarray, share:float)->np.ndarray:
 def _refuse(median:np.ndarray, layer:int):
     "Raise `NoTransition` where the median curve has no early phase, no late phase, or rises again"
     steps = np.diff(median[layer:])
-    early = [np.median(part) for part in np.array_split(median[:layer], 2) if len(part)]
+    halves = [np.median(part) for part in np.array_split(median[:max(layer, 2)], 2)]
+    early,late = 2*(halves[0]-halves[1])/max(layer, 1),median[layer-1]/(len(median)-layer) # nats a layer, on the plateau and behind it
     why = None
     if layer>len(median)-3: why = f"the curves stay apart until layer {layer} of {len(median)}: no late phase"
-    elif layer<3 or early[1]<.85*early[0]: why = f"the curves fall from the start: no early phase before layer {layer}"
+    elif layer<3 or early>.5*late: why = f"the curves fall from the start: no early phase before layer {layer}"
     elif steps.clip(0).sum() > .25*-steps.clip(max=0).sum(): why = f"the curves do not fall steadily to zero after layer {layer}"
     if why: raise NoTransition(f"no transition: {why}. Look at plot_trajectory; more or longer samples may help, an untrained model has none")
 
@@ -242,7 +243,7 @@ def find_transition(
     low,high = np.quantile(boot, [.025, .975], method='nearest')
     return Transition(layer, int(low), int(high))
 
-# %% ../nbs/01_trajectory.ipynb #2996bda0
+# %% ../nbs/01_trajectory.ipynb #0000002e
 def plot_trajectory(
     trajectory:Trajectory, # What to draw
     transition:Transition|None=None, # Marked where given
@@ -260,7 +261,7 @@ def plot_trajectory(
     ax.legend(fontsize=8, loc='upper right')
     return ax
 
-# %% ../nbs/01_trajectory.ipynb #31094c86
+# %% ../nbs/01_trajectory.ipynb #00000031
 def save_trajectory(
     trajectory:Trajectory, # To keep
     folder:str|Path, # Gets trajectory.csv and trajectory.json
@@ -285,7 +286,7 @@ def load_trajectory(
     tensor = lambda v: None if v is None else torch.tensor(v)
     return Trajectory(torch.tensor(d['kl']), d['positions'], tensor(d['agreement']), tensor(d['entropy']), d['info']), d['transition'] and Transition(**d['transition'])
 
-# %% ../nbs/01_trajectory.ipynb #aefd8f31
+# %% ../nbs/01_trajectory.ipynb #00000034
 def cut_command(
     host:str, # Folder or hub id
     transition:Transition, # From `find_transition`

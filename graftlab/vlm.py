@@ -7,7 +7,7 @@ __all__ = ['GRAFT_PARTS', 'CARD', 'tower_layers', 'run_tower', 'resize_tower', '
            'image_features', 'embed', 'scale_adapter', 'trainable_names', 'set_trainable', 'trainable_table',
            'image_processor', 'build_vlm', 'save_vlm', 'save_graft', 'graft', 'host_fingerprint']
 
-# %% ../nbs/04_vlm.ipynb #9f7951bb
+# %% ../nbs/04_vlm.ipynb #00000002
 import copy
 import json
 import math
@@ -23,18 +23,19 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelFo
 from .files import fresh_folder, write_json
 from .host import GraftError, Host, HostMismatch, UnsupportedConfig, fingerprint
 
-# %% ../nbs/04_vlm.ipynb #e907449e
+# %% ../nbs/04_vlm.ipynb #00000008
 def tower_layers(
     tower:nn.Module, # Vision transformer of the CLIP, SigLIP or DINOv2 kind
 )->nn.ModuleList: # Its transformer layers, first to last
     "The layers of a vision tower; `UnsupportedConfig` where none are found"
+    tower = getattr(tower, 'backbone', tower)                        # a tower with a quantiser holds the encoder so
     encoder = getattr(getattr(tower, 'vision_model', tower), 'encoder', None)
     for name in ('layers', 'layer'):
         if isinstance(getattr(encoder, name, None), nn.ModuleList): return getattr(encoder, name)
     raise UnsupportedConfig(f"{type(tower).__name__}: looked for a list of layers at `encoder.layers` and `encoder.layer` and found "
                             "neither. Towers of the CLIP, SigLIP and DINOv2 kind are known.")
 
-# %% ../nbs/04_vlm.ipynb #51d3abb3
+# %% ../nbs/04_vlm.ipynb #0000000b
 def run_tower(
     tower:nn.Module, # Vision transformer
     x:Tensor, # Pixels (I, 3, H, W), or hidden states (I, P, D) when `start` > 0
@@ -42,6 +43,9 @@ def run_tower(
     stop:int=None, # Layer to stop before; None: all of them
 )->Tensor: # Hidden states (I, P, D) before layer `stop`
     "Hidden states of a vision tower between two of its layers"
+    if hasattr(tower, 'quantizer'):
+        if start: raise UnsupportedConfig("a tower with a quantiser takes pixels, not kept states: leave `start` at 0")
+        return tower(x).last_hidden_state
     body = getattr(tower, 'vision_model', tower)
     if start==0:
         x = body.embeddings(x)
@@ -49,7 +53,7 @@ def run_tower(
     for layer in tower_layers(tower)[start:stop]: x = layer(x, attention_mask=None)
     return x
 
-# %% ../nbs/04_vlm.ipynb #0c426181
+# %% ../nbs/04_vlm.ipynb #0000000f
 def resize_tower(
     tower:nn.Module, # Vision transformer with learned absolute positions; changed in place
     image_size:int, # Side of the square input in pixels, a multiple of the patch size
@@ -71,7 +75,7 @@ def resize_tower(
     cfg.image_size = emb.image_size = image_size
     return tower
 
-# %% ../nbs/04_vlm.ipynb #57f93dd1
+# %% ../nbs/04_vlm.ipynb #00000013
 def _add_image_token(tokenizer, decoder):
     "Give the tokenizer `<image>` and the decoder a row for it; returns its id"
     tokenizer.add_special_tokens({'additional_special_tokens': ['<image>']}, replace_extra_special_tokens=False)
@@ -81,7 +85,7 @@ def _add_image_token(tokenizer, decoder):
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()): table.weight.data[rows:] = 0
     return idx
 
-# %% ../nbs/04_vlm.ipynb #9cf8b1d0
+# %% ../nbs/04_vlm.ipynb #00000015
 def assemble(
     decoder:nn.Module, # Causal language model; its modules are shared, not copied
     tower:nn.Module, # Vision tower; shared, not copied
@@ -92,19 +96,20 @@ def assemble(
     host = Host(decoder)
     if not host.has_plain_head: raise UnsupportedConfig(f"{type(decoder).__name__} caps or scales its logits, which LLaVA's container leaves out")
     cfg = tower.config
+    if hasattr(tower, 'quantizer'): feature_layer = -1               # its only hidden state
     has_cls = run_tower(tower, tower_pixels(tower), stop=0).shape[1]>(cfg.image_size//cfg.patch_size)**2
     config = LlavaConfig(vision_config=cfg, text_config=host.config, image_token_index=image_token_id, vision_feature_layer=feature_layer,
                          vision_feature_select_strategy='default' if has_cls else 'full', image_seq_length=(cfg.image_size//cfg.patch_size)**2,
                          tie_word_embeddings=host.config.tie_word_embeddings)
     with torch.device('meta'): vlm = LlavaForConditionalGeneration(config)
     vlm.model.language_model,vlm.lm_head,vlm.model.vision_tower = host.decoder,decoder.get_output_embeddings(),tower
-    adapter = vlm.model.multi_modal_projector.to_empty(device=host.head.weight.device).float()
+    adapter = vlm.model.multi_modal_projector.to_empty(device=next(tower.parameters()).device).float()
     for lin in (adapter.linear_1, adapter.linear_2):
         nn.init.normal_(lin.weight, std=lin.in_features**-.5); nn.init.zeros_(lin.bias)
     vlm.generation_config = copy.deepcopy(decoder.generation_config)
     return vlm.eval()
 
-# %% ../nbs/04_vlm.ipynb #3e5596f4
+# %% ../nbs/04_vlm.ipynb #00000016
 def tower_pixels(
     tower:nn.Module, # Vision tower
 )->Tensor: # One black picture (1, 3, H, W) on the tower's device, in its dtype
@@ -112,15 +117,16 @@ def tower_pixels(
     p,s = next(tower.parameters()),tower.config.image_size
     return torch.zeros(1, 3, s, s, dtype=p.dtype, device=p.device)
 
-# %% ../nbs/04_vlm.ipynb #d0400260
+# %% ../nbs/04_vlm.ipynb #00000019
 def feature_stop(
     vlm:LlavaForConditionalGeneration, # Vision-language model
 )->int: # Number of tower layers that are used; the ones behind them get no gradient
     "How many layers of the tower contribute to the image features"
-    n,layer = len(tower_layers(vlm.model.vision_tower)),vlm.config.vision_feature_layer
+    tower = vlm.model.vision_tower
+    n,layer = len(tower_layers(tower)),getattr(tower.config, 'feature_layer', vlm.config.vision_feature_layer)
     return layer if layer>=0 else n+1+layer
 
-# %% ../nbs/04_vlm.ipynb #3cb730ad
+# %% ../nbs/04_vlm.ipynb #0000001a
 def image_features(
     vlm:LlavaForConditionalGeneration, # Vision-language model
     x:Tensor, # Pixels (I, 3, H, W), or kept hidden states (I, P, D_vision) before layer `start`
@@ -131,7 +137,7 @@ def image_features(
     if vlm.config.vision_feature_select_strategy=='default': states = states[:,1:]
     return vlm.model.multi_modal_projector(states)
 
-# %% ../nbs/04_vlm.ipynb #83272799
+# %% ../nbs/04_vlm.ipynb #0000001d
 def embed(
     vlm:LlavaForConditionalGeneration, # Vision-language model
     input_ids:Tensor, # Token ids (B, N) with `<image>` placeholders
@@ -144,20 +150,21 @@ def embed(
     if features is None: return x
     return x.masked_scatter(where[...,None], features.to(x.dtype).flatten(0, 1))
 
-# %% ../nbs/04_vlm.ipynb #3aa62989
+# %% ../nbs/04_vlm.ipynb #00000020
 @torch.no_grad()
 def scale_adapter(
     vlm:LlavaForConditionalGeneration, # Vision-language model; its adapter is changed in place
     x:Tensor, # Sample of pixels (I, 3, H, W), or of kept states before layer `start`
     start:int=0, # Tower layer to start from
-)->float: # Root mean square of the word embeddings, which image tokens now have
+    target:float=None, # Root mean square to scale to; None: that of the word embeddings
+)->float: # Root mean square that image tokens now have
     "Scale a new adapter's output to the word embeddings' root mean square"
-    target = vlm.get_input_embeddings().weight.float().square().mean().sqrt()
+    if target is None: target = vlm.get_input_embeddings().weight.float().square().mean().sqrt().item()
     last = vlm.model.multi_modal_projector.linear_2
     last.weight.mul_(target/image_features(vlm, x, start).float().square().mean().sqrt())
-    return target.item()
+    return target
 
-# %% ../nbs/04_vlm.ipynb #ce835e9d
+# %% ../nbs/04_vlm.ipynb #00000023
 def trainable_names(
     vlm:LlavaForConditionalGeneration, # Vision-language model
     stage:int, # 0: translator; 1: adapter + translator; 2: encoder + adapter; 3: encoder + adapter + decoder (Table A.4)
@@ -174,11 +181,11 @@ def trainable_names(
     def _chosen(n, p): return any(f'.{q}.' in f'.{n}.' for q in parts) or (stage>=2 and p in used)
     return [n for n,p in vlm.named_parameters() if _chosen(n, p) and 'mask_token' not in n]
 
-# %% ../nbs/04_vlm.ipynb #bab62140
+# %% ../nbs/04_vlm.ipynb #00000024
 def set_trainable(
     vlm:nn.Module, # Model; `requires_grad` and dtypes are set in place
     names:list, # Parameters to train, by name
-    frozen_dtype:torch.dtype=torch.bfloat16, # Dtype that frozen floating-point weights are kept in (Table A.4: bfloat16)
+    frozen_dtype:torch.dtype|None=torch.bfloat16, # Dtype that frozen weights are kept in (Table A.4: bfloat16); None: as they are
 )->nn.Module: # The same model: master weights in fp32 where trained, frozen ones small and without gradient
     "Freeze all but `names`; trained weights in fp32, frozen ones in `frozen_dtype`"
     names = set(names)
@@ -186,10 +193,10 @@ def set_trainable(
     if unknown: raise GraftError(f"no parameter is called {sorted(unknown)[0]}")
     for n,p in vlm.named_parameters():
         p.requires_grad_(n in names)
-        p.data = p.data.to(torch.float32 if n in names else frozen_dtype)
+        p.data = p.data.to(torch.float32 if n in names else frozen_dtype or p.dtype)
     return vlm
 
-# %% ../nbs/04_vlm.ipynb #7a5ff982
+# %% ../nbs/04_vlm.ipynb #00000029
 def trainable_table(
     vlm:nn.Module, # Model with `requires_grad` set
 )->str: # Markdown: part, parameters, trained parameters
@@ -202,7 +209,7 @@ def trainable_table(
         rows.append(f"| {title} | {sum(p.numel() for p in ps.values()):,} | {sum(p.numel() for p in ps.values() if p.requires_grad):,} |")
     return '\n'.join(rows)
 
-# %% ../nbs/04_vlm.ipynb #090a49a2
+# %% ../nbs/04_vlm.ipynb #0000002c
 def image_processor(
     source, # Folder or hub id of the encoder
     image_size:int, # Side of the square input in pixels
@@ -213,7 +220,7 @@ def image_processor(
     proc.crop_size = dict(height=image_size, width=image_size)
     return proc
 
-# %% ../nbs/04_vlm.ipynb #791a52b1
+# %% ../nbs/04_vlm.ipynb #0000002d
 def build_vlm(
     decoder, # Host or surrogate: folder, hub id, or a loaded causal LM (then shared, not copied)
     encoder, # Vision tower: folder, hub id, or a loaded model with `image_processor` given
@@ -232,13 +239,14 @@ def build_vlm(
     if image_size and image_size!=tower.config.image_size: resize_tower(tower, image_size)
     image_id = _add_image_token(tokenizer, decoder)
     vlm = assemble(decoder, tower.eval(), image_id, feature_layer)
-    scale_adapter(vlm, torch.rand_like(tower_pixels(tower).repeat(4, 1, 1, 1)))
+    if not vlm.get_input_embeddings().weight.is_meta:                # an empty decoder has no embeddings to scale to
+        scale_adapter(vlm, torch.rand_like(tower_pixels(tower).repeat(4, 1, 1, 1)))
     has_cls = vlm.config.vision_feature_select_strategy=='default'
     proc = LlavaProcessor(processor or image_processor(source, tower.config.image_size), tokenizer, patch_size=tower.config.patch_size,
                           vision_feature_select_strategy=vlm.config.vision_feature_select_strategy, num_additional_image_tokens=int(has_cls))
     return vlm, proc
 
-# %% ../nbs/04_vlm.ipynb #7be69adc
+# %% ../nbs/04_vlm.ipynb #00000033
 def save_vlm(
     vlm:LlavaForConditionalGeneration, # Vision-language model
     processor, # Its processor
@@ -247,7 +255,8 @@ def save_vlm(
 )->Path: # The folder: loads with AutoModelForImageTextToText and AutoProcessor, without graftlab
     "Write a standard LLaVA checkpoint, beside its destination first"
     with fresh_folder(folder) as tmp:
-        state = {n: v.to(dtype) for n,v in vlm.state_dict().items()}
+        weights = {n for n,_ in vlm.named_parameters(remove_duplicate=False)}                            # buffers, such as a codebook, keep their bits
+        state = {n: v.to(dtype) if n in weights else v for n,v in vlm.state_dict().items()}
         config = copy.deepcopy(vlm.config)
         for c in (config, config.text_config, config.vision_config): c.dtype = dtype
         original,vlm.config = vlm.config,config
@@ -256,7 +265,7 @@ def save_vlm(
         processor.save_pretrained(tmp)
     return Path(folder)
 
-# %% ../nbs/04_vlm.ipynb #52eccf04
+# %% ../nbs/04_vlm.ipynb #00000036
 GRAFT_PARTS = {'vision_tower.': 'model.vision_tower.', 'multi_modal_projector.': 'model.multi_modal_projector.'}
 
 CARD = """---
@@ -293,7 +302,7 @@ def save_graft(
         (tmp/'README.md').write_text(CARD.format(host=name or 'its host', stage=stage, fingerprint=host), encoding='utf-8')
     return Path(folder)
 
-# %% ../nbs/04_vlm.ipynb #d7d157f9
+# %% ../nbs/04_vlm.ipynb #00000038
 def graft(
     folder, # Graft folder
     host, # Host (or surrogate): folder, hub id, or loaded causal LM, which is then shared
@@ -305,6 +314,7 @@ def graft(
     folder = Path(folder)
     if not (folder/'graftlab.json').exists(): raise GraftError(f"{folder} is no graft: it has no graftlab.json. save_graft writes one.")
     info = json.loads((folder/'graftlab.json').read_text())
+    if info.get('kind')=='craft': raise GraftError(f"{folder} holds an encoder that speaks a codebook: `graftlab.craft.plug_in` puts it into a model that does too")
     if check:
         found = host_fingerprint(host)
         if found!=info['fingerprint']:
@@ -321,7 +331,7 @@ def graft(
     vlm.load_state_dict(state, strict=False)
     return vlm.to(dtype), processor
 
-# %% ../nbs/04_vlm.ipynb #349be228
+# %% ../nbs/04_vlm.ipynb #00000039
 def host_fingerprint(
     source, # Host or surrogate: folder, hub id or model
 )->str: # Fingerprint of the host; for a surrogate, that of the host it was cut from

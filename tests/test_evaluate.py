@@ -1,9 +1,11 @@
 "Properties of scores and of ranking over random questions, with a tiny vision-language model"
 import csv
+import importlib.util
 import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ from PIL import Image
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor)
 
+from graftlab import cli
 from graftlab.asking import encode_question, pack_candidates
 from graftlab.evaluate import EvaluationError, compare, evaluate, generate_answers, rank_candidates, without_pictures
 from graftlab.chat import Chat
 from graftlab.host import GraftError
-from graftlab.scores import (average_score, exact_match, mme_scores, normalize_answer, paired_difference, score_table, wilson, yes_no,
+from graftlab.scores import (MME, WORD_PROMPT, average_score, binary_prompts, exact_match, mme_scores, normalize_answer, paired_difference, score_table, wilson, yes_no,
                              yes_no_scores)
+from graftlab.vlm import save_vlm
 from graftlab.zoo import get_llm
 
 WORDS = st.sampled_from('red dark green teal blue a circle not at all the color is 12 .'.split())
@@ -135,10 +139,65 @@ def test_yes_no_scores_count_what_they_say(pairs, lenient):
 
 @given(st.lists(st.tuples(REPLIES, REPLIES), min_size=1, max_size=10))
 def test_mme_is_accuracy_plus_pairs(replies):
-    records = [dict(category='c', image=i, prediction=p, answer=a) for i,pair in enumerate(replies) for p,a in zip(pair, ('Yes', 'No'))]
+    records = [dict(category='count', image=i, prediction=p, answer=a) for i,pair in enumerate(replies) for p,a in zip(pair, ('Yes', 'No'))]
     right = np.array([[yes_no(p, True)=='yes', yes_no(q, True)=='no'] for p,q in replies])
     assert mme_scores(records)['total']==pytest.approx(100*right.mean()+100*right.all(1).mean())
     assert mme_scores(records[::-1])==pytest.approx(mme_scores(records))
+
+
+def lmms(task):
+    "lmms-eval's own functions of a task, read from its file: its package imports far more than they need"
+    file = Path(importlib.util.find_spec('lmms_eval').submodule_search_locations[0])/'tasks'/task/'utils.py'
+    spec = importlib.util.spec_from_file_location(f'lmms_{task}', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+POPE_UTILS,MME_UTILS = lmms('pope'),lmms('mme')
+SAID = REPLIES | st.text('yesno. YNOt,', max_size=6) | st.text(max_size=6)
+WANTED = st.sampled_from(['yes', 'no', 'Yes', 'No', ' no'])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(SAID, WANTED), min_size=1, max_size=30))
+def test_pope_is_scored_as_lmms_eval_does(pairs):
+    "Accuracy, precision, recall, F1 and the ratio of expected answers, on any answers"
+    ours = yes_no_scores(*zip(*pairs))
+    results = [POPE_UTILS.pope_process_results(dict(question_id=i, answer=a), [p])['pope_accuracy'] for i,(p,a) in enumerate(pairs)]
+    for mine,theirs in (('accuracy', 'accuracy'), ('precision', 'precision'), ('recall', 'recall'), ('f1', 'f1_score'), ('yes_ratio', 'yes_ratio')):
+        assert ours[mine]==pytest.approx(getattr(POPE_UTILS, f'pope_aggregate_{theirs}')(results), abs=1e-12), mine
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sum(MME.values(), [])), SAID, SAID, WANTED, WANTED), min_size=1, max_size=20))
+def test_mme_is_scored_as_lmms_eval_does(pictures):
+    "Perception and cognition, on any answers to any mixture of categories"
+    assert {k.lower(): v for k,v in MME_UTILS.eval_type_dict.items()}==MME
+    records = [dict(category=c, image=i, prediction=p, answer=a) for i,(c,p,q,a,b) in enumerate(pictures) for p,a in ((p, a), (q, b))]
+    theirs = dict(perception=[], cognition=[])
+    for r in records:
+        for key,value in MME_UTILS.mme_process_results(dict(question_id=r['image'], category=r['category'], answer=r['answer']), [r['prediction']]).items():
+            theirs[key.removeprefix('mme_').removesuffix('_score')].append(value)
+    ours = mme_scores(records)
+    for key,results in theirs.items(): assert ours[key]==pytest.approx(MME_UTILS.mme_aggregate_results(results) if results else 0)
+    assert ours['total']==pytest.approx(ours['perception']+ours['cognition'])
+
+
+@given(st.text(max_size=20), st.booleans())
+def test_prompts_are_those_of_lmms_eval(text, own):
+    question = dict(question=text+' Please answer yes or no.'*own)
+    kw = dict(pre_prompt='', post_prompt=WORD_PROMPT)
+    ours = binary_prompts([question | {'candidates': []}], WORD_PROMPT)[0]
+    assert ours['question']==MME_UTILS.mme_doc_to_text(question, kw) and ours['candidates']==['yes', 'no']
+    if not own: assert ours['question']==POPE_UTILS.pope_doc_to_text(question, kw)
+
+
+def test_mme_records_that_cannot_be_scored_are_named():
+    record = dict(category='count', image='7', prediction='yes', answer='yes')
+    for change,words in (({'answer': 'maybe'}, "count/7.*'maybe'"), ({'category': 'cats'}, "got \\['cats'\\]"), ({}, 'count/7 has 1')):
+        with pytest.raises(EvaluationError, match=words): mme_scores([record | change])
+    with pytest.raises(EvaluationError, match='got none'): mme_scores([])
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
@@ -185,6 +244,20 @@ def test_wrong_questions_and_models_are_named(vlm, processor, tokenizer, tmp_pat
     bare = AutoTokenizer.from_pretrained(get_llm('smollm2'))
     bare.chat_template = None
     with pytest.raises(GraftError, match='chat_template'): rank_candidates(blind, bare, [q])
+
+
+def test_questions_from_the_command_line(vlm, processor, tmp_path, capsys):
+    "The first questions of a file; no questions and answers that are too long for the limit are errors of one line"
+    save_vlm(vlm, processor, tmp_path/'model', torch.float32)
+    file = tmp_path/'questions.json'
+    file.write_text(json.dumps([ask(i, ['red', 'dark green']) for i in range(3)]))
+    assert cli.main(['evaluate', str(tmp_path/'model'), str(file), '--limit', '2', '--out', str(tmp_path/'scores.json')]) == 0
+    assert json.loads((tmp_path/'scores.json').read_text()) == evaluate(vlm, processor, [ask(i, ['red', 'dark green']) for i in range(2)], progress=False)
+    assert [l.split()[:2] for l in capsys.readouterr().out.splitlines()] == [['type', 'n'], ['t', '2'], ['all', '2']]
+    for change,words in (('--max-new-tokens=1', 'max_new_tokens is 1'), ('--limit=-1', 'at least 1'), (None, 'no questions')):
+        if change is None: file.write_text('[]')
+        assert cli.main(['evaluate', str(tmp_path/'model'), str(file), *([change] if change else [])]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_scores_need_neither_a_model_nor_transformers():
