@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from .scores import EvaluationError, paired_difference, score_table, wilson
+from .scores import EvaluationError, paired_difference, wilson
 
 # %% ../nbs/07c_harness.ipynb #00000007
 PAPER_TASKS = dict(mmlu=(5, 'acc'), hellaswag=(10, 'acc_norm'), arc_easy=(0, 'acc_norm'), arc_challenge=(25, 'acc_norm'),

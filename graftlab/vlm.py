@@ -135,7 +135,8 @@ def image_features(
     "Encoder and adapter: what stands in the decoder's sequence for a picture"
     states = run_tower(vlm.model.vision_tower, x, start, feature_stop(vlm))
     if vlm.config.vision_feature_select_strategy=='default': states = states[:,1:]
-    return vlm.model.multi_modal_projector(states)
+    adapter = vlm.model.multi_modal_projector
+    return adapter(states.to(adapter.linear_1.weight.dtype))         # the tower may be bf16, a new adapter fp32
 
 # %% ../nbs/04_vlm.ipynb #0000001d
 def embed(

@@ -38,7 +38,7 @@ def test_help_is_quick_and_complete():
     parser = cli.make_parser()
     for name,(f,_,examples) in cli.COMMANDS.items():
         assert re.search(rf'^    {name}\s+{re.escape(f.__doc__[:20])}', done.stdout, re.M), done.stdout
-        for line in examples.splitlines():
+        for line in re.sub(r'\\\n\s*', ' ', examples).splitlines(): # a backslash goes on in the next line
             words = line.partition('graftlab ')[2].split()
             assert words[0] == name or f' {name} ' in examples, line
             parser.parse_args(words)

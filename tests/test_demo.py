@@ -21,9 +21,9 @@ from graftlab.cli import main
 sys.exit(main(sys.argv[1:]))"""
 
 
-def start(out, **kw):
+def start(out, precision='fp32', **kw):
     env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--out', str(out), '--seed', '3'], cwd=ROOT, env=env,
+    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--out', str(out), '--seed', '3', '--precision', precision], cwd=ROOT, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
 
@@ -77,6 +77,12 @@ def test_killed_in_each_phase_and_started_again(run, tmp_path):
     assert losses(out)==losses(run)
     assert read(out, 'scores.json')==read(run, 'scores.json')
     assert read(out, 'trajectory.json')==read(run, 'trajectory.json')
+
+
+def test_bf16(tmp_path):
+    "The other precision, whatever this machine would choose"
+    finish(start(tmp_path/'run', 'bf16'))
+    assert read(tmp_path/'run', 'plan.json')['precision']=='bf16' and read(tmp_path/'run', 'run.json')['finished']
 
 
 def test_other_seed_in_the_same_folder_is_refused(run):
