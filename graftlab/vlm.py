@@ -136,7 +136,7 @@ def image_features(
     states = run_tower(vlm.model.vision_tower, x, start, feature_stop(vlm))
     if vlm.config.vision_feature_select_strategy=='default': states = states[:,1:]
     adapter = vlm.model.multi_modal_projector
-    return adapter(states.to(adapter.linear_1.weight.dtype))         # the tower may be bf16, a new adapter fp32
+    return adapter(states.to(next(adapter.parameters()).dtype))      # the tower may be bf16, a new adapter fp32
 
 # %% ../nbs/04_vlm.ipynb #0000001d
 def embed(
