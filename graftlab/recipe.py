@@ -35,6 +35,7 @@ class Recipe:
     last_k: int = 8                   # trained encoder layers (Section A.9: eight); None: all
     response_weight: str = None       # 'paper': dynamic weights (Section A.11, reading G8); None: token mean
     noise: float = 0.                 # Gaussian noise on image tokens, in units of their root mean square; ours
+    attention: str = None             # transformers' attention kernel; None: the faster one of the device
     seed: int = 0                     # order of the data, noise
     checkpoint_every: int = 200       # optimiser steps between checkpoints
     keep: int = 2                     # checkpoints kept

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from .attention import attention, attention_for
 from .checkpoint import finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
 from .data import block_mask
 from .host import GraftError
@@ -252,7 +253,8 @@ def fit(
     acc.wait_for_everyone()
     wrapped = wrap(model.train(), acc, recipe)
     peak_memory(reset=True)
-    _loop(acc, wrapped, optimizer, params, passes, out, range(done, steps), workers, (None if progress is None else not progress) if main else True)
+    with attention(model, recipe.attention or attention_for(acc.device)):
+        _loop(acc, wrapped, optimizer, params, passes, out, range(done, steps), workers, (None if progress is None else not progress) if main else True)
     model.eval()
     finish(out, params, recipe, steps, peak_memory(), writes=main)
     acc.wait_for_everyone()

@@ -80,7 +80,8 @@ def embed(
     features:Tensor=None, # Image tokens (I, P, D), I pictures in reading order; None for text only
 )->Tensor: # Input embeddings (B, N, D) in the decoder's dtype
     "Word embeddings with image tokens in the placeholders' places; `GraftError` where their numbers differ"
-    x,where = vlm.get_input_embeddings()(input_ids),input_ids==vlm.config.image_token_index
+    where = input_ids==vlm.config.image_token_index
+    x = vlm.get_input_embeddings()(input_ids.masked_fill(where, 0))      # a decoder that is lent to the container may have no row for the placeholder
     have = 0 if features is None else features.shape[0]*features.shape[1]
     if int(where.sum())!=have: raise GraftError(f"{int(where.sum())} <image> placeholders but {have} image tokens: one placeholder a patch is expected")
     if features is None: return x
