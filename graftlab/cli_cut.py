@@ -39,7 +39,9 @@ def _conversations(path, samples, seed):
     import random
     from graftlab.host import GraftError
     records = []
-    for i,line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, ValueError) as e: raise GraftError(f'{path}: {e}') from e
+    for i,line in enumerate(lines, 1):
         try: records.append(json.loads(line)['messages'])
         except (ValueError, KeyError, TypeError): raise GraftError(f'{path}, line {i}: expected a JSON object with a list `messages` of role and content') from None
     if not records: raise GraftError(f'{path} holds no conversation')
@@ -47,17 +49,25 @@ def _conversations(path, samples, seed):
 
 # %% ../nbs/14b_cli_cut.ipynb #0000000d
 def _load(folder, dtype):
-    "A decoder in memory, on the GPU where there is one"
+    "A decoder in memory, on the GPU where there is one; a missing or damaged file is named first"
     import torch
     from transformers import AutoModelForCausalLM
+    from graftlab.host import open_shard, tensor_files
+    for file in sorted({*tensor_files(folder).values()}):
+        with open_shard(file): pass
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to('cuda' if torch.cuda.is_available() else 'cpu')
 
-def _batches(folder, chats, max_tokens):
-    "Conversations as tokens; a base model without chat template reads them as plain lines"
-    from graftlab.prompts import chat_batches, load_tokenizer
+def _tokenizer(folder):
+    "A model's tokenizer; a base model without chat template reads conversations as plain lines"
+    from graftlab.prompts import load_tokenizer
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template: tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    return chat_batches(tokenizer, chats, max_tokens=max_tokens)
+    return tokenizer
+
+def _batches(model, tokenizer, chats, args):
+    "Conversations as tokens, with the answers of the data or the model's own"
+    from graftlab.prompts import chat_batches, greedy_batches
+    return greedy_batches(model, tokenizer, chats, args.greedy) if args.greedy else chat_batches(tokenizer, chats, max_tokens=args.max_tokens)
 
 # %% ../nbs/14b_cli_cut.ipynb #0000000f
 @command(arg('model', metavar='MODEL', help='zoo name, checkpoint folder or hub id of a decoder'),
@@ -65,6 +75,8 @@ def _batches(folder, chats, max_tokens):
          arg('--texts', metavar='FILE', help="JSON lines with `messages` (default: the zoo's text)"),
          arg('--max-tokens', type=int, default=256, help='cut conversations to this many tokens (default: 256)'),
          arg('--responses', action='store_true', help='count the tokens of answers only'),
+         arg('--greedy', type=int, metavar='N', help="let the model write the answers, of at most N tokens, and count those only"),
+         arg('--details', action='store_true', help='also keep agreement with the last layer, and entropy'),
          arg('--stream', action='store_true', help='one layer in memory at a time; goes on where it was stopped'),
          arg('--dtype', choices=['float32', 'bfloat16', 'auto'], default='float32', help='to compute in; auto: as stored (default: float32)'),
          arg('--seed', type=int, default=0, help='which conversations (default: 0)'),
@@ -73,21 +85,25 @@ def _batches(folder, chats, max_tokens):
 def trajectory(args):
     "Where a language model may be cut: its prediction trajectory and transition point"
     from matplotlib.figure import Figure
+    from graftlab.host import GraftError
     from graftlab.trajectory import NoTransition, cut_command, find_transition, plot_trajectory, prediction_trajectory, save_trajectory
     from graftlab.zoo import get_data, get_llm
     folder,out = get_llm(args.model),Path(args.out or f'trajectory-{Path(args.model).name}')
-    batches = _batches(folder, _conversations(args.texts or get_data('text')/'text.jsonl', args.samples, args.seed), args.max_tokens)
-    how = dict(work=out/'work', dtype=args.dtype) if args.stream else {}
-    found = prediction_trajectory(folder if args.stream else _load(folder, args.dtype), batches, args.responses, progress=sys.stderr.isatty(), **how)
+    if args.greedy and args.stream: raise GraftError('--greedy needs the whole model in memory to let it write: leave --stream away')
+    tokenizer,chats = _tokenizer(folder),_conversations(args.texts or get_data('text')/'text.jsonl', args.samples, args.seed)
+    model,how = (folder, dict(work=out/'work', dtype=args.dtype)) if args.stream else (_load(folder, args.dtype), {})
+    found = prediction_trajectory(model, _batches(model, tokenizer, chats, args), args.responses or bool(args.greedy), details=args.details,
+                                  progress=sys.stderr.isatty(), **how)
     try: at,none = find_transition(found.kl),None
     except NoTransition as e: at,none = None,e
+    if at: found.info['command'] = cut_command(args.model, at, found.kl.shape[1])
     save_trajectory(found, out, at)
     figure = Figure(figsize=(6, 3.2), layout='constrained')
     plot_trajectory(found, at, ax=figure.subplots())
     figure.savefig(out/'trajectory.png', dpi=120)
     print(f'{len(found.kl)} samples, {found.kl.shape[1]} layers; figure and numbers are in {out}')
     if none: raise none
-    print(f'transition at layer {at.layer} (95 % interval {at.low} to {at.high}); to cut there:\n  {cut_command(args.model, at, found.kl.shape[1])}')
+    print(f'transition at layer {at.layer} (95 % interval {at.low} to {at.high}); to cut there:\n  {found.info["command"]}')
 
 # %% ../nbs/14b_cli_cut.ipynb #00000012
 def _spans(text):

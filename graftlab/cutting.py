@@ -137,7 +137,10 @@ def copy_extras(
     "Bring a checkpoint's tokenizer, templates, generation config and licence along"
     found = [n for n in files.names() if n.endswith(EXTRA) and n not in NOT_EXTRA and not n.endswith('.index.json')]
     found += [n for n in files.names() if n.upper().startswith(('LICENSE', 'LICENCE', 'NOTICE', 'USE_POLICY')) and n not in found]
-    for n in found: (folder/n).write_bytes(files.read(n))
+    for n in found:
+        data = files.read(n)
+        try: (folder/n).write_bytes(data)
+        except OSError as e: raise graft_error(f"{folder/n}: cannot be written: {e.strerror}", 'GraftError') from e
     return found
 
 # %% ../nbs/02b_cutting.ipynb #bee2f6ac

@@ -135,13 +135,17 @@ def _load_state(work:Path, key:str)->tuple[int, list[Tensor], list[LensRead]]:
         return n, get('state'), [LensRead(*(c[i] if c else None for c in cols)) for i in range(n)]
 
 # %% ../nbs/01_trajectory.ipynb #00000016
+def _check(host:Host, samples:Samples):
+    "Whether the family finishes its logits in a way that we know: the lens of the last layer there is, on a few tokens, is what the model says"
+    ids,mask,_ = samples.batches[0]
+    host.check(ids[:1, :max(1, int(mask[0].sum()))][:, :8].to(host.embed.weight.device))
+
 def _in_memory(model:nn.Module, samples:Samples, details:bool, progress:bool)->list[LensRead]:
     "Reads of a model in memory, batch after batch"
     host,first,out,was = Host(model),0,[],model.training
     model.eval()
     try:
-        ids,mask,_ = samples.batches[0]
-        host.check(ids[:1, :max(1, int(mask[0].sum()))][:, :8].to(host.embed.weight.device))
+        _check(host, samples)
         for batch in tqdm(samples.batches, 'trajectory', disable=not progress, unit='batch'):
             out.append(read_batch(host, batch, first, details))
             first += len(batch[0])
@@ -154,6 +158,7 @@ def _streamed(folder:Path, samples:Samples, details:bool, progress:bool, work:Pa
     key = _key(folder, samples, details, dtype) if work else ''
     first,states,reads = _load_state(Path(work), key) if work else (0, [], [])
     frame,config = open_frame(folder, dtype)
+    _check(frame, samples) # a model of one layer finishes its logits as the whole does
     states = states or [embed(frame, ids, mask) for ids,mask,_ in samples.batches]
     slim(frame)
     bar = tqdm(total=config.num_hidden_layers, initial=first, desc='trajectory', disable=not progress, unit='layer')

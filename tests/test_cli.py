@@ -68,6 +68,33 @@ def test_cut_and_look_at_the_cut(host, tmp_path):
     assert (tmp_path/'out/trajectory.png').stat().st_size > 1000
 
 
+@pytest.mark.parametrize('how', [[], ['--stream']])
+def test_what_cannot_be_looked_at_is_named(host, tmp_path, capsys, how):
+    "Folders and texts that are not what they should be, in memory and streamed: one line, and nothing is written"
+    import shutil, torch
+    from transformers import AutoModelForCausalLM
+    text = tmp_path/'chats.jsonl'
+    text.write_text(json.dumps(dict(messages=[dict(role='user', content='w1 w2 w3 w4')]))+'\n')
+    for name,words in dict(empty='holds no conversation', short='sample 0 has 0 next token', absent='absent.jsonl').items():
+        if name != 'absent': (tmp_path/f'{name}.jsonl').write_text('' if name == 'empty' else json.dumps(dict(messages=[dict(role='user', content='w1')]))+'\n')
+        assert cli.main(['trajectory', str(host), '--texts', str(tmp_path/f'{name}.jsonl'), '--out', str(tmp_path/'out'), *how]) == 2
+        assert words in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(host)
+    def truncated(folder): (f := sorted(folder.glob('*.safetensors'))[1]).write_bytes(f.read_bytes()[:-9])
+    def missing(folder): sorted(folder.glob('*.safetensors'))[1].unlink()
+    def pickled(folder):
+        for f in folder.glob('*.safetensors*'): f.unlink()
+        torch.save(model.state_dict(), folder/'pytorch_model.bin')
+    def untold(folder):
+        for f in folder.glob('token*'): f.unlink()
+    for spoil,words in {truncated: 'model-00002-of', missing: 'model-00002-of', pickled: 'pytorch_model.bin', untold: 'no tokenizer files'}.items():
+        folder = tmp_path/spoil.__name__
+        shutil.copytree(host, folder); (folder/'model.safetensors').unlink(); model.save_pretrained(folder, max_shard_size='60KB'); spoil(folder)
+        assert cli.main(['trajectory', str(folder), '--texts', str(text), '--out', str(tmp_path/'out'), *how]) == 2, spoil
+        assert words in capsys.readouterr().err, spoil
+    assert not (tmp_path/'out/trajectory.json').exists()
+
+
 def test_ctrl_c(host, tmp_path):
     "Ctrl-C in the middle of work: one line, exit code 130"
     (tmp_path/'chats.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='w1 '*200)]))+'\n')

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, LlamaConfig, Qwen2Config,
+    SiglipVisionConfig)
 
 from graftlab.host import BadCheckpoint, GraftError, UnsupportedConfig, fingerprint
 from graftlab.ranges import HubFiles, LocalFiles, checkpoint_entries
@@ -116,6 +117,20 @@ def test_write_that_fails_midway(big, tmp_path):
     assert not (tmp_path / "dst").exists() and not leftovers(tmp_path / "dst")
 
 
+def test_no_room_for_the_tokenizer(host, tmp_path):
+    "Files beside the weights are written with the same care"
+    said,src = tmp_path / "said", tmp_path / "src"
+    shutil.copytree(host, src)
+    (src / "tokenizer.json").write_text(" " * 3_000_000)
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+        try: cut_checkpoint(src, tmp_path / "dst", 2, 5, progress=False)
+        except GraftError as e: said.write_text(str(e))
+    assert os.waitpid(in_child(work), 0)[1] == 0
+    assert "tokenizer.json: cannot be written: File too large" in said.read_text()
+    assert not (tmp_path / "dst").exists() and not leftovers(tmp_path / "dst")
+
+
 def test_not_enough_room(host, tmp_path):
     "A sparse source twice as large as the whole disk is refused before a byte is written"
     src, size = tmp_path / "src", 2 * shutil.disk_usage(tmp_path).total // 64 * 64
@@ -216,6 +231,22 @@ def test_files_equal_memory(tmp_path_factory, a, n, t, shard, tied):
     assert ("lm_head.weight" in x) == (not tied)
     assert {k: v for k, v in surrogate_info(dst).items() if k != "source"} == {k: v for k, v in surrogate_info(tmp / "memory").items() if k != "source"}
     shutil.rmtree(tmp)
+
+
+def test_the_text_model_inside_a_multimodal_host_is_cut(tmp_path):
+    "Gemma-3 with its vision tower: layers of the text model go, the tower stays, files equal memory"
+    text = Gemma3TextConfig(**SIZE, head_dim=16, sliding_window=4, query_pre_attn_scalar=16)
+    eye = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=8, num_attention_heads=2, image_size=28, patch_size=14)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=eye, mm_tokens_per_image=1, image_token_index=499)).eval()
+    model.save_pretrained(tmp_path / "host", max_shard_size="200KB")
+    loaded, info = AutoModelForCausalLM.from_pretrained(cut_checkpoint(tmp_path / "host", tmp_path / "dst", 2, 4, progress=False), output_loading_info=True)
+    assert not any(info.values()) and [t[:4] for t in loaded.config.text_config.layer_types] == ["slid", "slid", "slid", "full", "slid", "slid"]
+    memory = build_surrogate(model, 2, 4)
+    ids = torch.randint(3, 490, (2, 9))
+    x, y = loaded.eval().state_dict(), memory.state_dict()
+    assert set(x) == set(y) and all(torch.equal(x[k], y[k]) for k in x)
+    with torch.no_grad(): assert torch.equal(loaded(ids).logits, memory(ids).logits)
 
 
 class Hub(BaseHTTPRequestHandler):

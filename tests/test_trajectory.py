@@ -3,9 +3,11 @@ import os, signal, subprocess, sys, time
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config,
-    Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config)
-from graftlab.host import BadCheckpoint, GraftError, Host
+from transformers import (AutoModelForCausalLM, CLIPVisionConfig, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, GraniteConfig,
+    LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SiglipVisionConfig,
+    SmolLM3Config)
+from graftlab import host as families
+from graftlab.host import BadCheckpoint, GraftError, Host, UnsupportedConfig
 from graftlab.lens import BadSample
 from graftlab.prompts import load_tokenizer
 from graftlab.trajectory import NonFinite, NoTransition, find_transition, prediction_trajectory
@@ -22,9 +24,9 @@ CONFIGS = dict(
     phi3=Phi3Config(**SIZE), smollm3=SmolLM3Config(**SIZE), olmo2=Olmo2Config(**SIZE), granite=GraniteConfig(**SIZE, logits_scaling=3.))
 
 
-def make(config):
+def make(config, cls=AutoModelForCausalLM.from_config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = cls(config).eval()
     for p in model.parameters(): p.data.normal_(0, .15) if p.ndim > 1 else p.data.add_(.1*torch.randn_like(p))
     return model
 
@@ -57,18 +59,39 @@ def test_every_family(family, tmp_path):
     data = [batch(11, 7), batch(9, seed=1)]
     tr = prediction_trajectory(model, data)
     for kl, seq in zip(tr.kl, [data[0]['input_ids'][0], data[0]['input_ids'][1, :7], data[1]['input_ids'][0]]):
-        torch.testing.assert_close(kl, loop(model, seq), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(kl, loop(model, seq), atol=1e-5, rtol=1e-5)
     alone = prediction_trajectory(model, [dict(input_ids=data[0]['input_ids'][1:, :7], attention_mask=torch.ones(1, 7, dtype=torch.long))])
-    torch.testing.assert_close(alone.kl[0], tr.kl[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone.kl[0], tr.kl[1], atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path, max_shard_size='20KB')
     streamed = prediction_trajectory(tmp_path, data)
-    torch.testing.assert_close(streamed.kl, tr.kl, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(streamed.kl, tr.kl, atol=1e-5, rtol=1e-5)
     assert streamed.info['fingerprint'] == tr.info['fingerprint']
     kept = []
     hook = Host(model).layers[-1].register_forward_hook(lambda mod, args, out: kept.append(out[0] if isinstance(out, tuple) else out))
     logits = model(data[0]['input_ids'], attention_mask=data[0]['attention_mask']).logits
     hook.remove()
     torch.testing.assert_close(Host(model).lens(kept[0]), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('wrapper', ['gemma3', 'llava'])
+@torch.no_grad()
+def test_the_text_model_inside_a_multimodal_one(wrapper, tmp_path):
+    "In memory and streamed from the wrapper's files, the trajectory of the text model alone"
+    tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
+    if wrapper == 'gemma3': config = Gemma3Config(text_config=CONFIGS['gemma3'], vision_config=SiglipVisionConfig(**tower), mm_tokens_per_image=1, image_token_index=100)
+    else: config = LlavaConfig(text_config=CONFIGS['qwen3'], vision_config=CLIPVisionConfig(**tower), image_token_index=100)
+    model = make(config, Gemma3ForConditionalGeneration if wrapper == 'gemma3' else LlavaForConditionalGeneration)
+    alone = make(model.config.get_text_config(decoder=True))
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
+    data = [batch(11, 7)]
+    data[0]['input_ids'].clamp_(max=90) # no picture among the tokens
+    want = prediction_trajectory(alone, data, details=True)
+    model.save_pretrained(tmp_path, max_shard_size='20KB')
+    for source in (model, tmp_path):
+        got = prediction_trajectory(source, data, details=True)
+        for part in ('kl', 'agreement', 'entropy'): torch.testing.assert_close(getattr(got, part), getattr(want, part), atol=1e-5, rtol=1e-5)
+        assert got.info['fingerprint'] == want.info['fingerprint']
 
 
 RUN = """
@@ -94,7 +117,7 @@ def test_killed_and_resumed(tmp_path):
     with safe_open(str(work/f'layer-{done:04}'/'state.safetensors'), 'pt') as f: assert {'state.0', f'logprob.{done}'} <= set(f.keys())
     data = [dict(input_ids=ids, attention_mask=torch.ones_like(ids))]
     resumed = prediction_trajectory(tmp_path/'host', data, work=work)
-    torch.testing.assert_close(resumed.kl, prediction_trajectory(tmp_path/'host', data).kl, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(resumed.kl, prediction_trajectory(tmp_path/'host', data).kl, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -121,6 +144,19 @@ def test_nan_names_layer_and_sample():
     with pytest.raises(NonFinite, match='layer 0, sample 1'): prediction_trajectory(sick, [data])
 
 
+def test_nan_in_a_stream(tmp_path):
+    "The sample is counted over all batches"
+    sick = make(CONFIGS['llama'])
+    sick.model.embed_tokens.weight.data[100] = float('nan')
+    data = [batch(6, 6), batch(6, 4, seed=1)]
+    for b in data: b['input_ids'].clamp_(max=99)
+    sick.save_pretrained(tmp_path/'host')
+    assert prediction_trajectory(tmp_path/'host', data).kl.isfinite().all()
+    data[1]['input_ids'][1, 2] = 100
+    for source in (sick, tmp_path/'host'):
+        with pytest.raises(NonFinite, match='layer 0, sample 3'): prediction_trajectory(source, data)
+
+
 def test_bad_folders(model, tmp_path):
     with pytest.raises(BadCheckpoint, match='config.json'): prediction_trajectory(tmp_path, [batch(5)])
     with pytest.raises(BadCheckpoint, match='tokenizer'): load_tokenizer(tmp_path)
@@ -139,6 +175,13 @@ def test_unknown_head_is_noticed(model):
     forward = odd.forward
     odd.forward = lambda *a, **k: _halved(forward(*a, **k))
     with pytest.raises(GraftError, match='off the model'): prediction_trajectory(odd, [batch(5)])
+
+
+def test_an_unknown_cap_is_noticed_in_a_stream(tmp_path, monkeypatch):
+    make(CONFIGS['gemma2']).save_pretrained(tmp_path)
+    assert prediction_trajectory(tmp_path, [batch(9)]).kl.shape == (1, 4)
+    monkeypatch.setattr(families, 'CAPS', ()) # as if this family's soft cap were not known
+    with pytest.raises(UnsupportedConfig, match='off the model'): prediction_trajectory(tmp_path, [batch(9)])
 
 
 def _halved(out):
