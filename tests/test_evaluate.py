@@ -20,11 +20,13 @@ from graftlab import cli
 from graftlab.asking import encode_question, pack_candidates
 from graftlab.evaluate import EvaluationError, compare, evaluate, generate_answers, rank_candidates, without_pictures
 from graftlab.chat import Chat
-from graftlab.host import GraftError
+from graftlab.harness import decoder_of
+from graftlab.host import GraftError, fingerprint
 from graftlab.scores import (MME, WORD_PROMPT, average_score, binary_prompts, exact_match, mme_scores, normalize_answer, paired_difference, score_table, wilson, yes_no,
                              yes_no_scores)
-from graftlab.vlm import save_vlm
+from graftlab.vlm import graft, save_graft, save_vlm
 from graftlab.zoo import get_llm
+from plain import plain_answers
 
 WORDS = st.sampled_from('red dark green teal blue a circle not at all the color is 12 .'.split())
 PHRASES = st.lists(WORDS, min_size=1, max_size=5).map(' '.join)
@@ -258,6 +260,22 @@ def test_questions_from_the_command_line(vlm, processor, tmp_path, capsys):
         if change is None: file.write_text('[]')
         assert cli.main(['evaluate', str(tmp_path/'model'), str(file), *([change] if change else [])]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_saved_model_answers_the_same_in_plain_transformers(vlm, processor, tokenizer, tmp_path):
+    "Encoder and adapter as a graft, plugged into the host's files, saved: a process that cannot import graftlab loads it and says what we say"
+    host = AutoModelForCausalLM.from_config(vlm.config.text_config)
+    host.load_state_dict(decoder_of(vlm).state_dict())
+    host.save_pretrained(tmp_path/'host'); tokenizer.save_pretrained(tmp_path/'host')
+    save_graft(vlm, tmp_path/'graft', processor, fingerprint(tmp_path/'host'), 'host', 2)
+    model,its_processor = graft(tmp_path/'graft', tmp_path/'host')
+    save_vlm(model, its_processor, tmp_path/'model', torch.float32)
+    questions = []
+    for i in range(6):
+        Image.effect_noise((28, 28), 20*i+5).convert('RGB').save(tmp_path/f'{i}.png')
+        questions.append(ask(i, ['yes'], str(tmp_path/f'{i}.png')) | {'question': f'Is it number {i}?'})
+    ours = generate_answers(vlm, processor, questions, 6, system='', progress=False)
+    assert plain_answers(tmp_path/'model', questions, tmp_path, 6)==ours and len(set(ours))>2
 
 
 def test_scores_need_neither_a_model_nor_transformers():
