@@ -119,6 +119,7 @@ def _rows(vlm, records, batch, kind):
                 tower=[(seen, image+(vlm.config.vision_feature_select_strategy=='default'))],       # a class token
                 decoder=[(seen, image+records.text), (batch-seen, records.text)])[kind]
 
+# %% ../nbs/12_cost.ipynb #9c0b2e0c
 def step_flops(
     vlm:nn.Module, # Model with `requires_grad` set, on any device
     records:Records, # Lengths
@@ -174,12 +175,19 @@ class StageCost:
     measured: bool          # somebody timed the step; else it is arithmetic over the rate
 
     @property
-    def flops(self)->float: return self.steps*(self.forward+self.backward)
+    def flops(self)->float:
+        "Operations of all its steps, over all GPUs"
+        return self.steps*(self.forward+self.backward)
     @property
-    def hours(self)->float: return self.steps*self.seconds/3600
+    def hours(self)->float:
+        "Time of all its steps"
+        return self.steps*self.seconds/3600
     @property
-    def bytes(self)->int: return sum(self.memory.values())
+    def bytes(self)->int:
+        "What one GPU holds"
+        return sum(self.memory.values())
 
+# %% ../nbs/12_cost.ipynb #ba0857fc
 @dataclass
 class Plan:
     "What the stages of a training cost; `print(plan.table())`"
@@ -188,7 +196,9 @@ class Plan:
     rate: float             # achieved floating-point operations a second of one device
 
     @property
-    def hours(self)->float: return sum(s.hours for s in self.stages)
+    def hours(self)->float:
+        "Time of all stages"
+        return sum(s.hours for s in self.stages)
 
     def table(self)->str:
         "The plan as text, a line a stage"
@@ -207,6 +217,7 @@ def _ranks(recipe, gpus):
     if recipe.batch_size<gpus: raise GraftError(f"a batch of {recipe.batch_size} records leaves some of {gpus} GPUs without one: take fewer GPUs, or a larger batch_size")
     return share
 
+# %% ../nbs/12_cost.ipynb #0b4e5234
 def stage_cost(
     vlm:nn.Module, # Model of the stage, on any device; `requires_grad` and dtypes are set
     recipe:Recipe, # Stage, batch, precision, shard, checkpointing
@@ -241,6 +252,7 @@ def timed(
     if rate is None: rate = calibrate()
     return Plan([replace(s, seconds=seconds.get(s.stage, (s.forward+s.backward)/rate/gpus), measured=s.stage in seconds) for s in stages], gpus, rate)
 
+# %% ../nbs/12_cost.ipynb #b45350fe
 def plan(
     host, # Decoder: config object, zoo name, checkpoint folder or hub id
     encoder, # Vision tower: likewise

@@ -111,6 +111,7 @@ class Patience:
     wait:float=1. # Seconds before the second attempt; doubles with each
     longest:float=300. # A server that wants a longer wait (Retry-After) has its question given up
 
+# %% ../nbs/07h_endpoint.ipynb #1a1e671a
 async def _post(client, endpoint, key, body, timeout):
     "One request: the reply's JSON, or the reason to ask again and the wait that the server wants"
     path,head = ('/messages', {'x-api-key': key, 'anthropic-version': '2023-06-01'}) if endpoint.api=='anthropic' else ('/chat/completions', {'authorization': f'Bearer {key}'})

@@ -115,6 +115,7 @@ class Verdicts:
         self.file.flush(); os.fsync(self.file.fileno())
         self.found[key] = verdict
 
+# %% ../nbs/07d_judge.ipynb #dc9e7b29
 def sample_body(
     endpoint:Endpoint, # Whom to ask
     sample:dict, # About what

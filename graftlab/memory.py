@@ -63,6 +63,7 @@ def _train_layer(layer, dtype):
     "Make a frozen layer a trained one"
     for p in layer.parameters(): p.data = p.data.to(dtype); p.requires_grad_()
 
+# %% ../nbs/12a_memory.ipynb #96a8e352
 def activation_bytes(
     vlm:nn.Module, # Model, on any device
     recipe:Recipe, # Stage, precision, checkpointing

@@ -68,6 +68,7 @@ def _checked(key, value, where):
         raise GraftError(f"{where}: {key} = {json.dumps(value, default=str)} is of type {type(value).__name__}, expected {' or '.join(t.__name__ for t in want)}")
     return value
 
+# %% ../nbs/06a_recipe.ipynb #e4c7a1ee
 def _from_toml(path, stage):
     "Checked fields of one stage from a TOML file: its table over the top level"
     try: found = tomllib.loads(Path(path).read_text(encoding='utf-8'))
@@ -78,6 +79,13 @@ def _from_toml(path, stage):
     tables = {k: {n: _checked(n, v, f'{path}, [{k}]') for n,v in t.items()} for k,t in tables.items()}
     return {n: _checked(n, v, path) for n,v in found.items()} | tables.get(f'stage{stage}', {})
 
+# %% ../nbs/06a_recipe.ipynb #ae54c0b0
+def _spoken(text):
+    "A value from the command line: as in JSON, or the bare word that it is"
+    try: return json.loads(text)
+    except ValueError: return text
+
+# %% ../nbs/06a_recipe.ipynb #0294efd1
 def read_recipe(
     path, # TOML file; None: the paper's recipe
     stage:int, # 1, 2 or 3
@@ -88,9 +96,7 @@ def read_recipe(
     for change in changes:
         key,_,value = change.partition('=')
         if not value: raise GraftError(f"--set {change}: expected KEY=VALUE")
-        try: value = json.loads(value)
-        except ValueError: pass                                      # a bare word: precision=no
-        own[key] = _checked(key, value, f'--set {change}')
+        own[key] = _checked(key, _spoken(value), f'--set {change}')
     return {1: stage1, 2: stage2, 3: stage3}[stage](**own)
 
 # %% ../nbs/06a_recipe.ipynb #0000000f

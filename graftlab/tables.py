@@ -249,6 +249,20 @@ def _mean_right(runs, measure):
     if any({t: set(q) for t,q in s.items()}!={t: set(q) for t,q in seeds[0].items()} for s in seeds): raise EvaluationError("seeds must answer the same questions")
     return {t: ({i: mean(s[t][i] for s in seeds) for i in q}, [mean(s[t].values()) for s in seeds]) for t,q in seeds[0].items()}
 
+# %% ../nbs/07e_tables.ipynb #0bd050ee
+def _ends(low, high, sign=''): return f'{100*low:{sign}.1f} to {100*high:{sign}.1f}'
+
+def _row(mine, shares, theirs=None):
+    "Score of one model in one type from question -> share of right answers, with its interval; and its difference to `theirs`"
+    values,n = list(mine.values()),len(mine)
+    if len(shares)==1: ends = wilson(int(sum(values)), n)
+    else: ends = [paired_difference(values, [0.]*n)[k] for k in ('low', 'high')]
+    row = {'n': n, 'seeds': len(shares), 'score': round(100*mean(values), 1), '95 %': _ends(*ends), 'seed range': _ends(min(shares), max(shares))}
+    if theirs is None: return row
+    d = paired_difference(values, [theirs[i] for i in mine])
+    return row | {'difference': round(100*d['difference'], 1), 'difference 95 %': _ends(d['low'], d['high'], '+')}
+
+# %% ../nbs/07e_tables.ipynb #234b9b33
 def difference_table(
     results:dict, # Name of a model -> what `evaluate` gave, or a list of it, one a seed
     reference:str, # Name of the model that the others are compared with
@@ -258,19 +272,10 @@ def difference_table(
     if reference not in results: raise EvaluationError(f"no results are called {reference!r}; there are {', '.join(results)}")
     right = {m: _mean_right(r if isinstance(r, list) else [r], measure) for m,r in results.items()}
     base,rows = right[reference],[]
-    def _ends(low, high, sign=''): return f'{100*low:{sign}.1f} to {100*high:{sign}.1f}'
     for t in base:
         for model,own in right.items():
             if set(own.get(t, [{}])[0])!=set(base[t][0]): raise EvaluationError(f"{model} and {reference} did not answer the same questions of type {t!r}")
-            (mine,shares),theirs = own[t],base[t][0]
-            values,n = list(mine.values()),len(mine)
-            if len(shares)==1: ends = wilson(int(sum(values)), n)
-            else: ends = [paired_difference(values, [0.]*n)[k] for k in ('low', 'high')]
-            row = dict(type=t, model=model, n=n, seeds=len(shares), score=round(100*mean(values), 1), **{'95 %': _ends(*ends), 'seed range': _ends(min(shares), max(shares))})
-            if model!=reference:
-                d = paired_difference(values, [theirs[i] for i in mine])
-                row |= {'difference': round(100*d['difference'], 1), 'difference 95 %': _ends(d['low'], d['high'], '+')}
-            rows.append(row)
+            rows.append(dict(type=t, model=model, **_row(*own[t], base[t][0] if model!=reference else None)))
     return rows
 
 # %% ../nbs/07e_tables.ipynb #00000022
