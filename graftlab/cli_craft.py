@@ -11,13 +11,14 @@ from pathlib import Path
 
 from .command import arg, command
 
-# %% ../nbs/14e_cli_craft.ipynb #00000008
+# %% ../nbs/14e_cli_craft.ipynb #095035cb
 DATA = (arg('--data', required=True, metavar='FILE', help='LLaVA conversations: .json, .jsonl, .arrow, .parquet'),
         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'))
 SETTINGS = (arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr=1e-5'),
             arg('--workers', type=int, default=0, help='processes that prepare batches ahead (default: 0)'))
 DTYPE = arg('--dtype', choices=['bfloat16', 'float32'], default='float32', help='of the weights written (default: float32)')
 
+# %% ../nbs/14e_cli_craft.ipynb #00000008
 @command(arg('encoder', metavar='ENCODER', help='vision encoder: zoo name, checkpoint folder or hub id'),
          arg('out', metavar='OUT', help='folder for the tower'), *DATA,
          arg('--entries', type=int, default=16384, help='size of the codebook (default: 16384)'),
@@ -63,6 +64,7 @@ def changed(
         except ValueError: changes[key] = value
     return make(**changes)
 
+# %% ../nbs/14e_cli_craft.ipynb #2e37ab47
 def open_speaker(
     folder, # LLaVA folder whose tower has a quantiser
 ): # (model in fp32, processor)
@@ -82,6 +84,7 @@ def _write(vlm, processor, out, args):
     write_json(path/'graftlab.json', dict(kind='vlm', codebook=vlm.model.vision_tower.quantizer.identity()))
     return path
 
+# %% ../nbs/14e_cli_craft.ipynb #e86cad35
 @command(arg('out', metavar='OUT', help='folder of the run'), *DATA, arg('--instruct', metavar='FILE', help='conversations of the second stage (default: those of --data)'),
          arg('--llm', required=True, help='language model: zoo name, checkpoint folder or hub id'),
          arg('--tower', required=True, metavar='DIR', help='tower that speaks the codebook, from `graftlab codebook`'), *SETTINGS, DTYPE,

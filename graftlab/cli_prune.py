@@ -43,6 +43,7 @@ def _speaker(folder):
     if not hasattr(tower, 'quantizer'): raise UnsupportedConfig(f"{folder}: {type(tower).__name__} has no codebook; `graftlab codebook` gives it one")
     return tower,AutoImageProcessor.from_pretrained(folder, backend='pil')
 
+# %% ../nbs/14h_cli_prune.ipynb #72eea700
 @command(arg('model', metavar='MODEL', help='model or tower that speaks a codebook, e.g. from `graftlab speak` or `codebook`'),
          arg('--data', metavar='FILE', help='LLaVA conversations, to see how their pictures use it'), DATA[1],
          arg('--pictures', type=int, default=200, help='how many pictures (default: 200)'),
