@@ -157,7 +157,9 @@ def lmms(task):
 
 
 POPE_UTILS,MME_UTILS = lmms('pope'),lmms('mme')
-SAID = REPLIES | st.text('yesno. YNOt,', max_size=6) | st.text(max_size=6)
+LETTERS = st.text('yesno. YNOt,', max_size=6)
+BURIED = st.tuples(LETTERS, st.sampled_from(['yes', 'no', 'Yes.', 'NO', 'y', 'n']), LETTERS).map(''.join) # a word anywhere in an answer, early or too late
+SAID = REPLIES | LETTERS | BURIED | st.text(max_size=6)
 WANTED = st.sampled_from(['yes', 'no', 'Yes', 'No', ' no'])
 
 
