@@ -61,30 +61,52 @@ def _text(args):
     long = sum(t['too_long'] for p in parts for t in p['tasks'].values())
     if long: print(f'{long} prompts were longer than the model can read; the harness cut off their beginnings')
 
+# %% ../nbs/14d_cli_evaluate.ipynb #7caa89c5
+def _lmms(args):
+    "Scores by lmms-eval, which runs in an environment of its own"
+    import tempfile
+    import torch
+    from graftlab.files import write_json
+    from graftlab.lmms import PAPER_BENCHMARKS, lmms_command, run_lmms
+    from graftlab.zoo import check_folder
+    tasks,include = [*PAPER_BENCHMARKS.values()] if args.tasks==['paper'] else args.tasks,args.include and Path(args.include).resolve()
+    with tempfile.TemporaryDirectory() as out:
+        scores,samples,_ = run_lmms(lmms_command(check_folder(args.model).resolve(), tasks, out, batch_size=args.batch_size or 8, include=include,
+                                                 limit=args.limit, device=None if torch.cuda.is_available() else 'cpu'))
+    if args.out: write_json(args.out, dict(scores=scores, samples=samples))
+    numbers = [(t, k.partition(',')[0], v) for t,s in scores.items() for k,v in s.items() if ',' in k and isinstance(v, (int, float)) and '_stderr' not in k]
+    _print([dict(task=t, measure=m, n=len(samples[t]) if t in samples else '', score=round(v, 4)) for t,m,v in numbers], ['task', 'measure', 'n', 'score'])
+
 # %% ../nbs/14d_cli_evaluate.ipynb #00000009
 @command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`; with --text also a zoo name or hub id'),
          arg('questions', metavar='FILE', nargs='?', help='JSON list of questions'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the file)'),
          arg('--text', action='store_true', help='score the language model with lm-evaluation-harness, in place of FILE'),
-         arg('--tasks', nargs='+', default=['paper'], metavar='TASK', help="with --text: the harness's tasks (default: paper, the eight of Table A.5 with their shots)"),
+         arg('--lmms', action='store_true', help='score the vision-language model with lmms-eval, in place of FILE'),
+         arg('--tasks', nargs='+', default=['paper'], metavar='TASK',
+             help="with --text or --lmms: the harness's tasks (default: paper, the eight of Table A.5 with their shots, or the paper's benchmarks)"),
          arg('--shots', type=int, help="with --text: examples before each question (default: those of Table A.5, or the task's own)"),
-         arg('--include', metavar='DIR', help="with --text: folder of further tasks in the harness's YAML"),
+         arg('--include', metavar='DIR', help="with --text or --lmms: folder of further tasks in the harness's YAML"),
          arg('--chat', action='store_true', help="with --text: put questions into the model's chat template"),
          arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
          arg('--limit', type=int, help='only the first so many questions, of each task'),
-         arg('--batch-size', type=int, help='questions at a time (default: 32; with --text 1, as the harness)'),
+         arg('--batch-size', type=int, help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
          arg('--max-new-tokens', type=int, default=16, help='length of an answer at most (default: 16)'),
          arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
          examples='graftlab evaluate grafted questions.json --out scores.json\n'
                   'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'
+                  'graftlab evaluate grafted --lmms --tasks pope mme\n'
                   'graftlab evaluate runs/s3/model --text --before smollm2 --out change.json')
 def evaluate(args):
-    "Score a model: on questions of your own, or its language with lm-evaluation-harness"
+    "Score a model: on questions of your own, its language with lm-evaluation-harness, or what it sees with lmms-eval"
     from graftlab.host import GraftError
     if args.limit is not None and args.limit<1: raise GraftError(f'--limit {args.limit}: a number of questions, at least 1, is expected')
+    if sum(map(bool, (args.text, args.lmms, args.questions)))>1: raise GraftError('say one thing to score on: a FILE of questions, --text or --lmms')
     if args.text: return _text(args)
-    if args.tasks!=['paper'] or args.before or args.include or args.chat or args.shots is not None: raise GraftError('--tasks, --shots, --include, --chat and --before go with --text')
-    if not args.questions: raise GraftError('say what to score on: a FILE of questions, or --text')
+    if args.before or args.chat or args.shots is not None: raise GraftError('--shots, --chat and --before go with --text')
+    if args.lmms: return _lmms(args)
+    if args.tasks!=['paper'] or args.include: raise GraftError('--tasks and --include go with --text or --lmms')
+    if not args.questions: raise GraftError('say what to score on: a FILE of questions, --text or --lmms')
     _asked(args)
 
 # %% ../nbs/14d_cli_evaluate.ipynb #0000000c

@@ -53,17 +53,18 @@ def _seconds(given):
 
 # %% ../nbs/14g_cli_plan.ipynb #00000008
 def _planned(args):
-    "(model on the meta device, its tokenizer's folder, translators) of what `train` would begin with"
+    "(model on the meta device, its tokenizer's folder, layers that stage 1 trains) of what `train` would begin with"
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from graftlab.cli_train import trained_layers
     from graftlab.cost import meta_vlm
     from graftlab.host import GraftError
     from graftlab.zoo import check_folder, get_llm
     if not args.model and not (args.llm and args.encoder): raise GraftError('say where to begin: --llm and --encoder, or --model')
     folder = check_folder(args.model) if args.model else get_llm(args.llm)
     info = json.loads((folder/'graftlab.json').read_text()) if (folder/'graftlab.json').exists() else {}
-    if not args.model: return meta_vlm(folder, args.encoder, image_size=args.image_size), folder, info.get('translators', [])
-    with torch.device('meta'): return LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)), folder, info.get('translators', [])
+    if not args.model: return meta_vlm(folder, args.encoder, image_size=args.image_size), folder, trained_layers(args, info)
+    with torch.device('meta'): return LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)), folder, trained_layers(args, info)
 
 def dry_run(
     args, # Arguments of `graftlab train`
@@ -79,6 +80,6 @@ def dry_run(
     tokenizer.add_special_tokens(dict(additional_special_tokens=['<image>']), replace_extra_special_tokens=False)
     collate = Collator(tokenizer, None, tokenizer.convert_tokens_to_ids('<image>'), vlm.config.image_seq_length, args.stage)
     found = measure(records, collate)
-    cost = stage_cost(vlm, recipe, found, gpus, tuple(translators), Path(folder).name[-10:])
+    cost = stage_cost(vlm, recipe, found, gpus, translators, Path(folder).name[-10:])
     about = f'{found.number:,} records of {found.text:.0f} text tokens, {found.answer:.0f} supervised, {found.pictures:.2f} pictures'
     return f'{about}\n{timed([cost], gpus, calibrate(precision=recipe.precision)).table()}'
