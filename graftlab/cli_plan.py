@@ -12,6 +12,27 @@ from pathlib import Path
 
 from .command import arg, command
 
+# %% ../nbs/14g_cli_plan.ipynb #cb2f3763
+def _seconds(given):
+    "{stage: seconds} of STAGE=S words"
+    from graftlab.host import GraftError
+    try: found = {int(k): float(v) for k,_,v in (g.partition('=') for g in given)}
+    except ValueError: raise GraftError(f"--seconds {' '.join(given)}: expected STAGE=S, e.g. 3=20.5") from None
+    if not all(k in (1, 2, 3) and v>0 for k,v in found.items()): raise GraftError(f"--seconds {' '.join(given)}: a stage is 1, 2 or 3, and seconds are more than 0")
+    return found
+
+# %% ../nbs/14g_cli_plan.ipynb #fd97a98a
+def _data(args):
+    "{stage: `Records`}: the paper's, with the lengths and numbers that were given"
+    from dataclasses import replace
+    from graftlab.cost import GENQA_LLAVA, LLAVA
+    from graftlab.host import GraftError
+    numbers = args.records or []
+    if len(numbers) not in (0, 1, len(args.stages)): raise GraftError(f'--records: {len(numbers)} numbers for {len(args.stages)} stages; give one, or one a stage')
+    data = {s: replace({1: GENQA_LLAVA}.get(s, LLAVA), text=args.text, answer=args.answer) for s in args.stages}
+    if numbers: data = {s: replace(data[s], number=n, pictures=1.) for s,n in zip(args.stages, numbers*len(args.stages) if len(numbers)==1 else numbers)}
+    return data
+
 # %% ../nbs/14g_cli_plan.ipynb #00000005
 @command(arg('host', metavar='HOST', help='the full model: zoo name, checkpoint folder or hub id; only its configuration is read'),
          arg('--encoder', required=True, help='vision encoder: zoo name, checkpoint folder or hub id'),
@@ -31,25 +52,13 @@ from .command import arg, command
                   'graftlab plan my-70b --encoder my-clip --start 40 --end 78 --gpus 128 --seconds 3=20.5 --set shard=16 activation_checkpointing=true')
 def plan(args):
     "Say what each stage would cost: parameters, memory, steps, arithmetic, hours"
-    from dataclasses import replace
-    from graftlab.cost import GENQA_LLAVA, LLAVA, plan as make
+    from graftlab.cost import plan as make
     from graftlab.host import GraftError
     from graftlab.recipe import read_recipe
     if (args.start is None)!=(args.end is None): raise GraftError('a cut has two ends: give --start and --end, or neither')
-    numbers = args.records or []
-    if len(numbers) not in (0, 1, len(args.stages)): raise GraftError(f'--records: {len(numbers)} numbers for {len(args.stages)} stages; give one, or one a stage')
-    data = {s: replace({1: GENQA_LLAVA}.get(s, LLAVA), text=args.text, answer=args.answer) for s in args.stages}
-    if numbers: data = {s: replace(data[s], number=n, pictures=1.) for s,n in zip(args.stages, numbers*len(args.stages) if len(numbers)==1 else numbers)}
+    data = _data(args)
     print(make(args.host, args.encoder, args.start, args.end, args.gpus, [read_recipe(args.config, s, args.set) for s in args.stages], data,
                args.image_size, args.tflops and args.tflops*1e12, _seconds(args.seconds)).table())
-
-def _seconds(given):
-    "{stage: seconds} of STAGE=S words"
-    from graftlab.host import GraftError
-    try: found = {int(k): float(v) for k,_,v in (g.partition('=') for g in given)}
-    except ValueError: raise GraftError(f"--seconds {' '.join(given)}: expected STAGE=S, e.g. 3=20.5") from None
-    if not all(k in (1, 2, 3) and v>0 for k,v in found.items()): raise GraftError(f"--seconds {' '.join(given)}: a stage is 1, 2 or 3, and seconds are more than 0")
-    return found
 
 # %% ../nbs/14g_cli_plan.ipynb #00000008
 def _planned(args):

@@ -29,6 +29,7 @@ def _note(folder):
     note = Path(folder)/'graftlab.json'
     return json.loads(note.read_text()) if note.exists() else {}
 
+# %% ../nbs/14c_cli_train.ipynb #3310d69b
 def trained_layers(
     args, # Arguments of `train`: stage, layers
     info, # What is known of the model, with its `translators`
@@ -42,6 +43,7 @@ def trained_layers(
     if not places: raise GraftError(f'--layers {args.layers} counts from the translator, and this model is no surrogate: cut one with `graftlab surrogate`')
     return tuple(stage1_layers(places, args.layers))
 
+# %% ../nbs/14c_cli_train.ipynb #6c923434
 def _start(args, empty=False):
     "Model, processor, what is known of them, and where numbers are that an empty model has not: from decoder and encoder, or from a model folder"
     from graftlab.host import GraftError
