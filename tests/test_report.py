@@ -68,6 +68,9 @@ def sample_run(run, seed=0, layers=30, samples=100):
     write_json(run/"phases.json", list(_phases(run, rng)))
     write_json(run/"scores.json", dict(types={t: dict(n=300, candidates=c, chance=1/len(c)) for t,c in TYPES.items()},
         rows=[dict(name=n, title=t, about=a, group=g, scores=_answers(rng)) for n,t,a,g in ROWS]))
+    for n,*_ in ROWS[:-1]: # the last one has not been asked yet
+        write_json(run/"scores"/f"{n}.json", dict(types={t: {} for t in TYPES}, predictions=[dict(id=f"{t}{i}", type=t, answer=c[0], ranked=c[rng.integers(2)], generated="")
+                                                                                            for t,c in TYPES.items() for i in range(30)]))
     write_json(run/"examples.json", list(_examples(run, rng)))
     claims = [dict(claim=f"A claim whose verdict is {v}", source="Grafting, Section 4", verdict=v, evidence="Random numbers are evidence of nothing.")
               for v in ("shown", "not shown", "undecided")]
@@ -123,6 +126,15 @@ def test_page_is_whole_and_readable(browser, run, width, dark):
     assert browser.js("document.querySelectorAll('img').length")==12 and browser.js("document.querySelectorAll('svg.plot').length")==3
     assert browser.js("[...document.querySelectorAll('svg.plot')].every(e => e.getBoundingClientRect().width > 180)")
     assert (browser.js("getComputedStyle(document.body).backgroundColor")=="rgb(19, 21, 24)")==dark
+
+
+def test_each_model_is_compared_with_the_graft(browser, run):
+    "One row a model that has answered, but the graft; a damaged file of answers is named"
+    browser.open(make_report(run).as_uri())
+    rows = browser.js("[...document.querySelectorAll('p.about')].find(p => p.innerText.includes('paired difference')).nextElementSibling.innerText").splitlines()
+    assert [title in [r.split('\t')[0] for r in rows] for _,title,*_ in ROWS]==[n not in ("graft", ROWS[-1][0]) for n,*_ in ROWS]
+    (run/"scores"/"prior.json").write_text("{")
+    with pytest.raises(ReportError, match="prior.json: not a JSON text"): make_report(run)
 
 
 def test_faults_are_seen(browser, tmp_path):
