@@ -91,7 +91,7 @@ def _lmms(args):
          arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
          arg('--limit', type=int, help='only the first so many questions, of each task'),
          arg('--batch-size', type=int, help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
-         arg('--max-new-tokens', type=int, default=16, help='length of an answer at most (default: 16)'),
+         arg('--max-new-tokens', type=int, default=16, help='tokens of an answer at most (default: 16; CRAFT allows 5)'),
          arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
          examples='graftlab evaluate grafted questions.json --out scores.json\n'
                   'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'

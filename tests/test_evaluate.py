@@ -91,6 +91,17 @@ def test_generation_does_not_depend_on_the_batch(vlm, processor, n, size, new):
     assert together==[generate_answers(vlm, processor, [q], new, 1, system='')[0] for q in questions]
 
 
+def test_an_answer_is_cut_off_at_five_tokens(vlm, processor, monkeypatch):
+    "A model that goes on writes as many tokens as it may, and that is no exact match of the answer it began with"
+    questions,lengths,generate = [ask(i, ['red', 'dark green']) | {'question': f'What is number {i}?'} for i in range(4)],[],vlm.generate
+    def counted(**kw): out = generate(**kw); lengths.append(out.shape[1]); return out
+    monkeypatch.setattr(vlm, 'generate', counted)
+    said = [generate_answers(vlm, processor, questions, n, system='', progress=False) for n in (1, 5, 12)]
+    assert lengths==[1, 5, 12] and all(len(a)<len(b)<len(c) for a,b,c in zip(*said))
+    began = [q | {'answer': a, 'candidates': [a, 'other']} for q,a in zip(questions, said[0])]
+    assert not evaluate(vlm, processor, began, max_new_tokens=5, system='', progress=False)['scores']['t']['exact']['correct']
+
+
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=5), min_size=1, max_size=5), st.lists(st.integers(0, 5), min_size=1, max_size=5))
 def test_every_target_of_a_packed_row_is_where_it_says(tails, prompt):
     "Following a candidate's tokens through prefix and block gives the candidate back; each source precedes its target by one position"
