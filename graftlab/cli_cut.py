@@ -69,6 +69,19 @@ def _batches(model, tokenizer, chats, args):
     from graftlab.prompts import chat_batches, greedy_batches
     return greedy_batches(model, tokenizer, chats, args.greedy) if args.greedy else chat_batches(tokenizer, chats, max_tokens=args.max_tokens)
 
+# %% ../nbs/14b_cli_cut.ipynb #52b10b61
+def _measured(args, out):
+    "The trajectory that the arguments ask for"
+    from graftlab.host import GraftError
+    from graftlab.trajectory import prediction_trajectory
+    from graftlab.zoo import get_data, get_llm
+    if args.greedy and args.stream: raise GraftError('--greedy needs the whole model in memory to let it write: leave --stream away')
+    folder = get_llm(args.model)
+    tokenizer,chats = _tokenizer(folder),_conversations(args.texts or get_data('text')/'text.jsonl', args.samples, args.seed)
+    model,how = (folder, dict(work=out/'work', dtype=args.dtype)) if args.stream else (_load(folder, args.dtype), {})
+    return prediction_trajectory(model, _batches(model, tokenizer, chats, args), args.responses or bool(args.greedy), details=args.details,
+                                 progress=sys.stderr.isatty(), **how)
+
 # %% ../nbs/14b_cli_cut.ipynb #0000000f
 @command(arg('model', metavar='MODEL', help='zoo name, checkpoint folder or hub id of a decoder'),
          arg('--samples', type=int, default=300, help='conversations to look at (default: 300)'),
@@ -85,15 +98,9 @@ def _batches(model, tokenizer, chats, args):
 def trajectory(args):
     "Where a language model may be cut: its prediction trajectory and transition point"
     from matplotlib.figure import Figure
-    from graftlab.host import GraftError
-    from graftlab.trajectory import NoTransition, cut_command, find_transition, plot_trajectory, prediction_trajectory, save_trajectory
-    from graftlab.zoo import get_data, get_llm
-    folder,out = get_llm(args.model),Path(args.out or f'trajectory-{Path(args.model).name}')
-    if args.greedy and args.stream: raise GraftError('--greedy needs the whole model in memory to let it write: leave --stream away')
-    tokenizer,chats = _tokenizer(folder),_conversations(args.texts or get_data('text')/'text.jsonl', args.samples, args.seed)
-    model,how = (folder, dict(work=out/'work', dtype=args.dtype)) if args.stream else (_load(folder, args.dtype), {})
-    found = prediction_trajectory(model, _batches(model, tokenizer, chats, args), args.responses or bool(args.greedy), details=args.details,
-                                  progress=sys.stderr.isatty(), **how)
+    from graftlab.trajectory import NoTransition, cut_command, find_transition, plot_trajectory, save_trajectory
+    out = Path(args.out or f'trajectory-{Path(args.model).name}')
+    found = _measured(args, out)
     try: at,none = find_transition(found.kl),None
     except NoTransition as e: at,none = None,e
     if at: found.info['command'] = cut_command(args.model, at, found.kl.shape[1])
