@@ -24,20 +24,24 @@ class Plan:
     max_tokens: int = 48              # of each text
     teach_batch: int = 8              # texts a step of stage 0
     teach_steps: int = 240            # stage 0, late cut: two layers of gradient, so cheap
-    teach_early_steps: int = 40       # stage 0, early cut: every step goes back through almost the whole host
+    teach_early_steps: int = 60       # stage 0, early cut: every step goes back through almost the whole host
+    cut_noise: float = .25            # on the states that enter the translator in stage 2; 0: none, as in the paper
+    paper: bool = False               # the paper's stage 1 in place of stage 0: translator and adapter learn from labels, on pictures and text
+    label_steps: int = 120            # ... its steps, and
+    label_batch: int = 8              # records a step, half of them text
     adapter_steps: int = 20           # stage 1
-    steps: int = 250                  # stage 2 on the late cut
-    early_steps: int = 250            # stage 2 on the early cut, the same
+    steps: int = 400                  # stage 2 on the late cut
+    early_steps: int = 400            # stage 2 on the early cut, the same
     host_steps: int = 100             # the same training on the full host: the reference
     full_steps: int = 25              # stage 3: a tenth of the pictures that stage 2 sees
     batch_size: int = 4               # pictures a step, with two questions each
     lr: float = 1e-4                  # encoder; small data wants more than the paper's 5e-5
-    lr_adapter: float = 1e-3          # the adapter starts from nothing
+    lr_adapter: float = 3e-3          # the adapter starts from nothing
     pictures: int = 3500              # for training, the first ones of the train split
-    questions: int = 120              # of each type, for the scores
+    questions: int = 200              # of each type, for the scores
     last_k: int = 5                   # trained encoder layers
 
-QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
+QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, label_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
 
 # %% ../nbs/16b_demo_plan.ipynb #00000008
 def cuts(

@@ -35,6 +35,7 @@ class Recipe:
     last_k: int = 8                   # trained encoder layers (Section A.9: eight); None: all
     response_weight: str = None       # 'paper': dynamic weights (Section A.11, reading G8); None: token mean
     noise: float = 0.                 # Gaussian noise on image tokens, in units of their root mean square; ours
+    cut_noise: float = 0.             # noise on the states that enter a surrogate's translators, in units of their root mean square; ours
     attention: str = None             # transformers' attention kernel; None: the faster one of the device
     seed: int = 0                     # order of the data, noise
     checkpoint_every: int = 200       # optimiser steps between checkpoints
@@ -48,8 +49,8 @@ def stage1(**kw) -> Recipe: # any field of `Recipe` can be overridden
     return Recipe(**{**dict(stage=1, lr=1e-4, batch_size=256), **kw})
 
 def stage2(**kw) -> Recipe: # any field of `Recipe` can be overridden
-    "Encoder and adapter on the frozen surrogate (Table A.4, stage 2)"
-    return Recipe(**{**dict(stage=2, lr=5e-5, batch_size=128), **kw})
+    "Encoder and adapter on the frozen surrogate (Table A.4, stage 2), with our noise at the cut; cut_noise=0 is the paper's way"
+    return Recipe(**{**dict(stage=2, lr=5e-5, batch_size=128, cut_noise=.25), **kw})
 
 def stage3(**kw) -> Recipe: # any field of `Recipe` can be overridden
     "Encoder, adapter and the whole host (Table A.4, stage 3; 2e-5 for 70B, 5e-5 for smaller hosts)"

@@ -77,14 +77,14 @@ class KeptPictures(Collator):
     "A collator that gives kept states of the frozen tower layers in place of pixels"
     def keep(self,
         tower:nn.Module, # Vision tower
-        records:list, # Records with one picture each
+        records:list, # Records with one picture each; text-only ones are passed over
         stop:int, # First layer that is trained: states before it are kept
         folder, # Where the file goes
         batch_size:int=64, # Pictures in one pass
         progress:bool=None, # Show a bar; None: where there is a terminal
     )->'KeptPictures':
         "Compute and keep what enters layer `stop` of the tower, for each distinct picture (fp32)"
-        by = {r['image']: r for r in records}
+        by = {r['image']: r for r in records if r.get('image')}
         key = hashlib.sha256('\n'.join(by).encode())
         for p in tower.parameters(): key.update(p.detach().float().sum().numpy().tobytes())
         path = Path(folder)/f'pictures-{stop}-{key.hexdigest()[:12]}.safetensors'
@@ -99,10 +99,11 @@ class KeptPictures(Collator):
         return self
 
     def pixels(self,
-        record:dict, # A record with one picture
-    )->Tensor: # Kept states (1, P, D), or pixels before `keep` was called
+        record:dict, # A record with one picture, or none
+    )->Tensor|None: # Kept states (1, P, D), or pixels before `keep` was called
         "States of a record's picture"
-        return self.states[self.row[record['image']]][None] if hasattr(self, 'states') else super().pixels(record)
+        if not hasattr(self, 'states'): return super().pixels(record)
+        return self.states[self.row[record['image']]][None] if record.get('image') else None
 
     def rows(self,
         record:dict, # A record

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from .attention import attention, attention_for
+from .cut_noise import noise_before
 from .checkpoint import finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
 from .data import block_mask
-from .host import GraftError
+from .host import GraftError, Host
 from .loss import step_factors, token_loss
 from .recipe import Recipe, schedule, stage1, stage2, stage3
 from .sharding import exchange, place, whole, wrap
@@ -267,7 +268,7 @@ def train(
     collate, # `Collator`, or any function from records to its batches
     recipe:Recipe, # What to do
     out, # Folder of the run
-    translators:tuple=(), # Translator layers of the surrogate, trained in stage 1
+    translators:tuple=(), # Translator layers of the surrogate: trained in stage 1, disturbed by the recipe's `cut_noise`
     start:int=0, # Tower layer at which kept states enter; 0: pixels
     weights:dict=None, # Where the numbers of an `empty_vlm` are
     **kw, # Passed on to `fit`: workers, progress
@@ -276,4 +277,6 @@ def train(
     names = trainable_names(vlm, recipe.stage, recipe.last_k, translators)
     set_trainable(vlm, names, torch.bfloat16 if recipe.precision=='bf16' else torch.float32)
     weights = weights and {f'vlm.{n}': w for n,w in weights.items()}
-    return fit(StepLoss(vlm, start, recipe.noise), records, collate, recipe, out, weights=weights, **kw)
+    layers = [Host(vlm).layers[i] for i in translators]
+    with noise_before(layers, recipe.cut_noise):
+        return fit(StepLoss(vlm, start, recipe.noise), records, collate, recipe, out, weights=weights, **kw)
