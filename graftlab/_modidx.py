@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'graftlab.demo.taught': ('demo.html#taught', 'graftlab/demo.py'),
                                'graftlab.demo.text_records': ('demo.html#text_records', 'graftlab/demo.py')},
             'graftlab.demo_claims': { 'graftlab.demo_claims.claims': ('demo_claims.html#claims', 'graftlab/demo_claims.py'),
+                                      'graftlab.demo_claims.departures': ('demo_claims.html#departures', 'graftlab/demo_claims.py'),
                                       'graftlab.demo_claims.say': ('demo_claims.html#say', 'graftlab/demo_claims.py'),
                                       'graftlab.demo_claims.verdict': ('demo_claims.html#verdict', 'graftlab/demo_claims.py')},
             'graftlab.demo_plan': { 'graftlab.demo_plan.Plan': ('demo_plan.html#plan', 'graftlab/demo_plan.py'),

@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .demo_claims import DEPARTURES, claims
+from .demo_claims import claims, departures
 from .demo_plan import QUICK, Plan, fastest_precision
 from .files import write_json
 from .host import GraftError
@@ -136,7 +136,7 @@ def collect(
     if len(rows)==len(order): _examples(run, files)
     t = run.read('trajectory.json')
     write_json(run.out/'run.json', dict(title='Zero-shot grafting, end to end'+(' (quick: numbers mean nothing)' if run.quick else ''), command=command, seed=run.seed,
-        quick=run.quick, commit=_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=DEPARTURES,
+        quick=run.quick, commit=_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=departures(run.plan.paper),
         claims=claims(rows, t['transition']) if len(rows)==len(order) and not run.quick else [], headline=None))
 
 # %% ../nbs/16d_demo_run.ipynb #21763cff
