@@ -38,7 +38,7 @@ class Plan:
     lr: float = 1e-4                  # encoder; small data wants more than the paper's 5e-5
     lr_adapter: float = 3e-3          # the adapter starts from nothing
     pictures: int = 3500              # for training, the first ones of the train split
-    questions: int = 200              # of each type, for the scores
+    questions: int = 120              # of each type, for the scores
     last_k: int = 5                   # trained encoder layers
 
 QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, label_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
