@@ -112,3 +112,34 @@ def test_ctrl_c(host, tmp_path):
     out,err = p.communicate(timeout=120)
     assert p.returncode == 130 and err.strip().splitlines()[-1] == 'graftlab: stopped' and 'Traceback' not in err, err
     assert not (tmp_path/'out').exists()
+
+
+def test_teach_goes_on_where_it_was_stopped(host, tmp_path):
+    "Stage 0 in a process, once in one go and once with Ctrl-C in the middle: the same weights, of which only the translator's are new"
+    import torch
+    from safetensors.torch import load_file
+    assert graftlab('surrogate', host, tmp_path/'cut', '--start', 3, '--end', 5).returncode == 0
+    say = lambda i, n: ' '.join(f'w{i*j%98}' for j in range(1, n))
+    (tmp_path/'talk.json').write_text(json.dumps([dict(id=i, conversations=[{'from': 'human', 'value': say(i, 9)}, {'from': 'gpt', 'value': say(i+1, 20)}]) for i in range(1, 41)]))
+    def argv(out, of=host): return ['teach', tmp_path/'cut', of, tmp_path/out, '--data', tmp_path/'talk.json', '--steps', '400', '--max-tokens', '24',
+                                    '--set', 'batch_size=4', 'precision=no', 'lr=1e-2']
+    done = graftlab(*argv('whole'))
+    assert done.returncode == 0 and done.stdout.startswith('stage 0: 400 steps on 40 texts'), done.stderr
+    p = subprocess.Popen([*RUN, *map(str, argv('halves'))], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log,limit = tmp_path/'halves/metrics.jsonl',time.time()+120
+    while not log.exists() or log.read_text().count('\n') < 3:
+        assert time.time() < limit and p.poll() is None, p.communicate()[1]
+        time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    _,err = p.communicate(timeout=120)
+    assert p.returncode == 130 and 'stopped after step' in err and 'Traceback' not in err and not (tmp_path/'halves/model').exists(), err
+    again = graftlab(*argv('halves'))
+    assert again.returncode == 0 and again.stdout == done.stdout.replace('whole', 'halves'), again.stderr
+    cut,whole,halves = (load_file(tmp_path/f/'model.safetensors') for f in ('cut', 'whole/model', 'halves/model'))
+    assert all(torch.equal(whole[n], halves[n]) for n in whole) and whole.keys() == cut.keys()
+    assert {n.split('.')[2] for n in cut if not torch.equal(cut[n], whole[n])} == {'3'}
+    kl = [json.loads(l)['loss'] for l in log.read_text().splitlines()]
+    assert len(kl) == 400 and sum(kl[-20:]) < .8*sum(kl[:20]), (kl[:20], kl[-20:])
+    assert json.loads((tmp_path/'whole/model/graftlab.json').read_text())['taught']['steps'] == 400
+    wrong = graftlab(*argv('wrong', tmp_path/'cut'))
+    assert wrong.returncode == 2 and 'was cut out of' in wrong.stderr.strip().splitlines()[-1] and not (tmp_path/'wrong').exists(), wrong.stderr
