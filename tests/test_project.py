@@ -158,7 +158,9 @@ def small_project(folder):
     write('00_add.ipynb', [md('# Adding\n\n> One plus one'), code('#| default_exp add'), code('#| hide\nsecret = 1'),
         code('#| export\ndef add(\n    a:int, # One\n    b:int, # Other\n)->int: # Sum\n    "Sum of two"\n    return a+b'),
         code('print(add(1, 1))', outputs=[nbformat.v4.new_output('stream', name='stdout', text='2\n')]),
-        code('#| slow\nprint(add(2, 3))')])
+        code('#| slow\nprint(add(2, 3))'),
+        code("#| slow\nprint('seven')\nadd(3, 4);"),
+        code('nine = add(4, 5)', outputs=[nbformat.v4.new_output('stream', name='stdout', text='9\n')])])
 
 def test_docs_are_made_from_stored_outputs_and_the_same_every_time(tmp_path):
     small_project(tmp_path)
@@ -175,12 +177,13 @@ def test_docs_are_made_from_stored_outputs_and_the_same_every_time(tmp_path):
     assert '[`add(a, b)`](00_add.md#add) | Sum of two' in (tmp_path/'docs/api.md').read_text()
 
 def test_remake_runs_slow_cells_and_keeps_their_outputs(tmp_path):
+    "Also what a cell prints whose last `;` hides its value; what a cell printed once and prints no more goes"
     small_project(tmp_path)
     nb = tmp_path/'nbs/00_add.ipynb'
     out = run(sys.executable, 'tools/remake.py', nb, cwd=tmp_path)
     assert out.returncode == 0, out.stdout+out.stderr
     texts = [o['text'] for c in json.loads(nb.read_text())['cells'] for o in c.get('outputs', [])]
-    assert [''.join(t) for t in texts] == ['2\n', '5\n']
+    assert [''.join(t) for t in texts] == ['2\n', '5\n', 'seven\n']
 
 def test_remake_writes_nothing_when_a_cell_fails(tmp_path):
     small_project(tmp_path)

@@ -16,9 +16,19 @@ def kept(cell):
     flags = cell.directives_ or {}
     return flags.get('eval:', [''])[0].lower() == 'false' or ('gpu' in flags and shutil.which('nvidia-smi') is None)
 
+class Shell(CaptureShell):
+    "A shell in which a last `;` hides a cell's value, as in Jupyter; execnb's own drops all that the cell printed too"
+    def _run(self, raw_cell, *args, **kw):
+        quiet = raw_cell.rstrip().endswith(';')
+        done = super()._run(raw_cell+'\n#' if quiet else raw_cell, *args, **kw)
+        done.quiet = quiet
+        return done
+
 def remake(path):
     "Run one notebook and write its new outputs"
-    nb,shell = NBProcessor(path, process=True, rm_directives=False).nb,CaptureShell(path)
+    nb,shell = NBProcessor(path, process=True, rm_directives=False).nb,Shell(path)
+    for c in nb.cells:
+        if not kept(c): c.outputs = [] # a cell that shows nothing any more keeps nothing
     with working_directory(path.parent):
         try: shell.run_all(nb, exc_stop=True, preproc=kept)
         except Exception: sys.exit(shell.prettytb(fname=path))
