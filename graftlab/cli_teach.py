@@ -43,7 +43,8 @@ def teach_recipe(
         key,_,value = change.partition('=')
         if not value: raise GraftError(f"--set {change}: expected KEY=VALUE")
         own[key] = _checked(key, _spoken(value), f'--set {change}')
-    recipe = stage0(**own | (dict(steps=args.steps) if args.steps else {}))
+    recipe = stage0(**own | (dict(steps=args.steps) if args.steps is not None else {}))
+    if recipe.steps is not None and recipe.steps<1: raise GraftError(f'steps = {recipe.steps}: at least one is needed')
     if recipe.shard is not None or int(os.environ.get('WORLD_SIZE') or 1)>1: raise GraftError('stage 0 runs in one process: it reads the host once and trains a layer or two')
     return recipe
 
