@@ -20,7 +20,7 @@ from .evaluate import evaluate, without_pictures
 from .files import write_json
 from .host import fingerprint
 from .prompts import chat_batches
-from .records import Conversations, mix
+from .records import mix
 from .report import make_report
 from .shapes import KeptPictures
 from .surrogate import build_surrogate
@@ -91,7 +91,7 @@ def first_stage(
     "Stage 1: the adapter; in the paper's way the translator too, from labels of pictures and texts (Grafting, Section 1.2)"
     p,records,out = run.plan,run.records(),run.out/f'stage1-{name}'
     if not (p.paper and translators): return train(vlm, records, collate, stage1(steps=p.adapter_steps, **common), out, **kw)
-    both = mix(Conversations(records), Conversations(text_records(run, len(records))))
+    both = mix(records, text_records(run, len(records)))
     return train(vlm, both, collate, stage1(steps=p.label_steps, **common | dict(batch_size=p.label_batch, lr=1e-3, lr_adapter=1e-3)), out, translators, **kw)
 
 # %% ../nbs/16_demo.ipynb #3930cf1c
