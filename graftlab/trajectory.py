@@ -240,10 +240,9 @@ def find_transition(
 )->Transition: # Layer and 95 % interval
     "The transition point: first layer by which the samples have left the early phase for good"
     if kl.ndim!=2 or kl.shape[1]<6: raise NoTransition(f"samples by layers (S, L) with 6 layers or more expected, got {tuple(kl.shape)}")
-    left = leaving_layers(kl, drop).numpy()
+    left,rng = leaving_layers(kl, drop).numpy(),np.random.default_rng(seed)
     layer = int(_reached(left, share))
     _refuse(kl.median(0).values.numpy(), layer)
-    rng = np.random.default_rng(seed)
     boot = _reached(left[rng.integers(0, len(left), (draws, len(left)))], share)
     low,high = np.quantile(boot, [.025, .975], method='nearest')
     return Transition(layer, int(low), int(high))

@@ -96,7 +96,10 @@ def scale_adapter(
     target:float=None, # Root mean square to scale to; None: that of the word embeddings
 )->float: # Root mean square that image tokens now have
     "Scale a new adapter's output to the word embeddings' root mean square"
-    if target is None: target = vlm.get_input_embeddings().weight.float().square().mean().sqrt().item()
+    if target is None:
+        words,few = vlm.get_input_embeddings(),torch.arange(16, device=vlm.get_input_embeddings().weight.device)
+        size = lambda t: t.float().square().mean().sqrt().item()
+        target = size(words.weight)*(size(words(few))/size(words.weight[few]) if size(words.weight[few]) else 1.)   # Gemma enlarges its embeddings on the way in
     last = vlm.model.multi_modal_projector.linear_2
     last.weight.mul_(target/image_features(vlm, x, start).float().square().mean().sqrt())
     return target
