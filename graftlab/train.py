@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from .attention import attention, attention_for
-from .cut_noise import noise_before
+from .cut_noise import CutNoise, noise_before, noisy, row_draws, row_noise
 from .checkpoint import finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
 from .data import block_mask
 from .host import GraftError, Host
@@ -73,21 +73,29 @@ class StepLoss(nn.Module):
         vlm:nn.Module, # LlavaForConditionalGeneration
         start:int=0, # Tower layer that kept states enter at; 0: pixels
         noise:float=0., # Gaussian noise on image tokens, in units of their root mean square
+        cut:CutNoise=None, # Noise at the cut, from `noise_before`: it is told which rows come
     ):
         super().__init__()
-        self.vlm,self.start,self.noise = vlm,start,noise
+        self.vlm,self.start,self.noise,self.cut = vlm,start,noise,cut
 
     def forward(self,
         batch:dict, # What the collator gives, plus `weight` (T,), the tokens' factors
     )->Tensor: # Sum of weighted token losses, scalar
         "Weighted sum of token losses; a batch without pictures gives the encoder a gradient of zeros"
         vlm,features = self.vlm,None
+        if self.cut: self.cut.take(batch)
         if 'pixel_values' in batch:
             features = image_features(vlm, batch['pixel_values'], self.start)
-            if self.noise: features = features+self.noise*features.detach().square().mean().sqrt()*torch.randn_like(features)
+            if self.noise: features = noisy(features, self.noise, self._picture_noise(batch, features))
         x = embed(vlm, batch['input_ids'], features)
         if features is None: x = x+0*image_features(vlm, tower_pixels(vlm.model.vision_tower)).sum().to(x.dtype)
         return answer_loss(vlm, batch, x)
+
+    def _picture_noise(self, batch, features):
+        "Noise of each picture, by the row it belongs to; None where the batch does not say what rows it has"
+        if 'draws' not in batch: return None
+        count = batch['input_ids'].eq(self.vlm.config.image_token_id).sum(1)//features.shape[1]
+        return row_noise(features, [d+9+i for d,n in zip(batch['draws'], count.tolist()) for i in range(n)])
 
 def answer_loss(
     vlm:nn.Module, # LlavaForConditionalGeneration
@@ -137,7 +145,10 @@ class Passes(Dataset):
         "This rank's micro-batches of one optimiser step"
         return shares(draw(len(self.records), step, self.recipe.batch_size, self.recipe.seed), self.rank, self.world, self.recipe.micro_batch)
     def __len__(self): return self.steps*self.per_step
-    def __getitem__(self, j): return self.collate([self.records[i] for i in self.indices(j//self.per_step)[j%self.per_step]])
+    def __getitem__(self, j):
+        step,place = divmod(j, self.per_step)
+        batch = self.collate([self.records[i] for i in self.indices(step)[place]])
+        return batch | dict(draws=row_draws(batch.get('ids', []), self.recipe.seed, step))
 
 # %% ../nbs/06_train.ipynb #0000001c
 def optimiser_step(
@@ -278,5 +289,5 @@ def train(
     set_trainable(vlm, names, torch.bfloat16 if recipe.precision=='bf16' else torch.float32)
     weights = weights and {f'vlm.{n}': w for n,w in weights.items()}
     layers = [Host(vlm).layers[i] for i in translators]
-    with noise_before(layers, recipe.cut_noise):
-        return fit(StepLoss(vlm, start, recipe.noise), records, collate, recipe, out, weights=weights, **kw)
+    with noise_before(layers, recipe.cut_noise) as cut:
+        return fit(StepLoss(vlm, start, recipe.noise, cut), records, collate, recipe, out, weights=weights, **kw)
