@@ -37,6 +37,18 @@ def read_questions(
     folder = Path(images or Path(path).parent)
     return [q | dict(image=q.get('image') and str(folder/q['image'])) for q in found]
 
+# %% ../nbs/14f_cli_judge.ipynb #a4490206
+def _report(args, result, total):
+    "Write and print what the judge found; `JudgeError` where samples have no verdict"
+    from graftlab.files import write_json
+    from graftlab.judge import JudgeError, judge_table
+    from graftlab.scores import score_table
+    rows = judge_table({Path(args.responses).stem: result}) if result['judged'] else []
+    if args.out: write_json(args.out, dict(judge=args.model, table=rows, **result))
+    if rows: print(score_table(rows))
+    for i,reason in list(result['failed'].items())[:10]: print(f'{i}: {reason}')
+    if result['failed']: raise JudgeError(f"{len(result['failed'])} of {total} samples have no verdict; run again to ask about those alone")
+
 # %% ../nbs/14f_cli_judge.ipynb #00000008
 @command(arg('questions', metavar='QUESTIONS', help='JSON list of questions that ask for reasons'),
          arg('responses', metavar='RESPONSES', help='what the model said: from `graftlab evaluate --out`, or an object id -> text'),
@@ -58,9 +70,7 @@ def read_questions(
                   '    --key-env ANTHROPIC_API_KEY --prices 3 15 --max-cost 5')
 def judge(args):
     "Have a strong model grade answers with reasons (CRAFT, Section 4.3)"
-    from graftlab.files import write_json
-    from graftlab.judge import Endpoint, JudgeError, estimate_cost, judge as ask, judge_samples, judge_table
-    from graftlab.scores import score_table
+    from graftlab.judge import Endpoint, JudgeError, estimate_cost, judge as ask, judge_samples
     questions,said = read_questions(args.questions, args.images),read_responses(args.responses)
     samples = judge_samples(questions, {q['id']: said[str(q['id'])] for q in questions if str(q['id']) in said}, args.samples, args.seed)
     endpoint = Endpoint(args.base_url, args.model, args.key_env, args.api)
@@ -68,9 +78,4 @@ def judge(args):
     print(f"{plan['samples']} to be judged, {plan['cached']} in {args.cache}; about {plan['input']} input and {plan['output']} output tokens, cost {plan['cost']:.2f}", flush=True)
     if args.max_cost is not None and plan['cost']>args.max_cost: raise JudgeError(f"the estimate of {plan['cost']:.2f} is above --max-cost {args.max_cost}: nothing was sent")
     if args.estimate: return
-    result = ask(samples, endpoint, args.cache, args.concurrency)
-    rows = judge_table({Path(args.responses).stem: result}) if result['judged'] else []
-    if args.out: write_json(args.out, dict(judge=args.model, table=rows, **result))
-    if rows: print(score_table(rows))
-    for i,reason in list(result['failed'].items())[:10]: print(f'{i}: {reason}')
-    if result['failed']: raise JudgeError(f"{len(result['failed'])} of {len(samples)} samples have no verdict; run again to ask about those alone")
+    _report(args, ask(samples, endpoint, args.cache, args.concurrency), len(samples))

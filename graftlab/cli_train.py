@@ -71,6 +71,30 @@ def _gathered(args, recipe):
     load_trained(args.out, {f'vlm.{n}': params[n] for n in trainable_names(vlm, args.stage, recipe.last_k, trained_layers(args, info))})
     return vlm
 
+# %% ../nbs/14c_cli_train.ipynb #31ab8643
+def _trained(args, recipe, records):
+    "Trained model, its processor, what is known of them, metrics.json; None on all ranks but the first"
+    from graftlab.data import Collator
+    from graftlab.sharding import leave
+    from graftlab.train import train as run
+    spread = recipe.shard is not None
+    vlm,processor,info,weights = _start(args, empty=spread)
+    done = run(vlm, records, Collator.from_processor(processor, args.stage), recipe, args.out, trained_layers(args, info), weights=weights, workers=args.workers)
+    leave()
+    if int(os.environ.get('RANK', 0)): return
+    if spread: vlm = _gathered(args, recipe)
+    return vlm, processor, info, done
+
+# %% ../nbs/14c_cli_train.ipynb #286a9736
+def _write(args, vlm, processor, info, done):
+    "Write the model and perhaps the graft, and say where they are"
+    from graftlab.files import write_json
+    from graftlab.vlm import save_graft, save_vlm
+    out,info = Path(args.out),info | dict(kind='vlm', stage=args.stage) | (dict(layers=args.layers) if args.stage==1 else {})
+    write_json(save_vlm(vlm, processor, out/'model')/'graftlab.json', info)
+    if args.stage>1 and 'fingerprint' in info: save_graft(vlm, out/'graft', processor, info['fingerprint'], info.get('host', ''), args.stage, metrics=done)
+    print(f"stage {args.stage}: {done['steps']} steps, loss {done['loss']:.3f}; written to {', '.join(str(out/n) for n in ('model', 'graft') if (out/n).exists())}")
+
 # %% ../nbs/14c_cli_train.ipynb #0000000b
 @command(arg('stage', type=int, choices=[1, 2, 3], help='1: adapter and translator; 2: encoder and adapter on the surrogate; 3: all, on the host'),
          arg('out', metavar='OUT', help='folder of the run'),
@@ -93,27 +117,13 @@ def _gathered(args, recipe):
                   'torchrun --nproc-per-node 8 --no-python graftlab train 2 runs/s2 --model runs/s1/model --data chat.json')
 def train(args):
     "Train one stage of Grafting on LLaVA conversations"
-    from graftlab.data import Collator
-    from graftlab.files import write_json
     from graftlab.recipe import read_recipe
     from graftlab.records import load_conversations
-    from graftlab.sharding import leave
-    from graftlab.train import train as run
-    from graftlab.vlm import save_graft, save_vlm
     recipe,records = read_recipe(args.config, args.stage, args.set),load_conversations(args.data, args.images)
     if args.dry_run:
         from graftlab.cli_plan import dry_run
         return print(dry_run(args, recipe, records))
-    spread = recipe.shard is not None
-    vlm,processor,info,weights = _start(args, empty=spread)
-    done = run(vlm, records, Collator.from_processor(processor, args.stage), recipe, args.out, trained_layers(args, info), weights=weights, workers=args.workers)
-    leave()
-    if int(os.environ.get('RANK', 0)): return
-    if spread: vlm = _gathered(args, recipe)
-    out,info = Path(args.out),info | dict(kind='vlm', stage=args.stage) | (dict(layers=args.layers) if args.stage==1 else {})
-    write_json(save_vlm(vlm, processor, out/'model')/'graftlab.json', info)
-    if args.stage>1 and 'fingerprint' in info: save_graft(vlm, out/'graft', processor, info['fingerprint'], info.get('host', ''), args.stage, metrics=done)
-    print(f"stage {args.stage}: {done['steps']} steps, loss {done['loss']:.3f}; written to {', '.join(str(out/n) for n in ('model', 'graft') if (out/n).exists())}")
+    if found := _trained(args, recipe, records): _write(args, *found)
 
 # %% ../nbs/14c_cli_train.ipynb #0000000e
 @command(arg('graft', metavar='GRAFT', help='graft folder, e.g. RUN/graft'),

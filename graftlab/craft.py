@@ -238,6 +238,7 @@ def save_encoder(
         (tmp/'README.md').write_text(CARD.format(**tower.quantizer.identity()), encoding='utf-8')
     return Path(folder)
 
+# %% ../nbs/10_craft.ipynb #1eafd68a
 def plug_in(
     folder, # CRAFT graft, from `save_encoder`
     vlm:nn.Module, # Model that speaks the same codebook; changed in place

@@ -27,6 +27,7 @@ def row_draws(
         seen[i] += 1
     return out
 
+# %% ../nbs/06f_cut_noise.ipynb #24e60860
 def row_noise(
     like:Tensor, # (B, N, D)
     draws:list, # Number of each row, B of them
@@ -39,6 +40,7 @@ def row_noise(
         out[b, :n] = torch.randn(n, like.shape[2], generator=g, device=like.device).to(like.dtype)
     return out
 
+# %% ../nbs/06f_cut_noise.ipynb #5c20f114
 def noisy(
     x:Tensor, # (B, N, D)
     sigma:float, # In units of each state's root mean square
@@ -70,6 +72,7 @@ class CutNoise:
         draws = self.draws and [d+place for d in self.draws]
         return noisy(h, self.sigma, draws and row_noise(h, draws, self.lengths))
 
+# %% ../nbs/06f_cut_noise.ipynb #81cfcf3f
 @contextmanager
 def noise_before(
     layers, # Decoder layers whose input is disturbed: a surrogate's translators

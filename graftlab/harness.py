@@ -170,6 +170,7 @@ def text_scores(
                 scored[name]['too_long'] = sum(_too_long(lm, results['samples'][t]) for t in _leaves(results, name))
     return dict(harness=f"lm-eval {version('lm-eval')}", limit=limit, chat=chat, tasks=scored)
 
+# %% ../nbs/07c_harness.ipynb #b4519494
 def _run(lm, manager, loaded, shots, limit, chat):
     "One call of the harness, for tasks with the same number of shots; `asked`: under which names results are kept"
     from lm_eval import simple_evaluate

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2
 from anyio import create_task_group
 from anyio.from_thread import start_blocking_portal
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -96,24 +97,30 @@ class Verdicts:
         except BaseException: self.lock.release(); raise
         return self
     def __exit__(self, *_): self.file.close(); self.lock.release()
-    def read(self):
-        "Take in what is there; drop a torn last line"
-        data = self.path.read_bytes() if self.path.exists() else b''
-        whole = data[:data.rfind(b'\n')+1]
-        if len(whole)<len(data): os.truncate(self.path, len(whole))
-        for i,line in enumerate(whole.splitlines(), 1):
-            try: key,verdict = (json.loads(line)[k] for k in ('key', 'verdict'))
-            except (ValueError, KeyError, TypeError): raise JudgeError(f"{self.path}, line {i} is damaged: remove that line, its sample will be judged again") from None
-            self.found[key] = verdict
-    def add(self,
-        key:str, # From `request_key`
-        verdict:dict, # Grades and notes
-        **more, # What else is worth keeping, e.g. id and tokens
-    ):
-        "Keep a verdict, on the disk when this returns"
-        self.file.write((json.dumps(dict(key=key, verdict=verdict, **more), ensure_ascii=False)+'\n').encode())
-        self.file.flush(); os.fsync(self.file.fileno())
+
+# %% ../nbs/07d_judge.ipynb #ba841013
+@patch
+def read(self:Verdicts):
+    "Take in what is there; drop a torn last line"
+    data = self.path.read_bytes() if self.path.exists() else b''
+    whole = data[:data.rfind(b'\n')+1]
+    if len(whole)<len(data): os.truncate(self.path, len(whole))
+    for i,line in enumerate(whole.splitlines(), 1):
+        try: key,verdict = (json.loads(line)[k] for k in ('key', 'verdict'))
+        except (ValueError, KeyError, TypeError): raise JudgeError(f"{self.path}, line {i} is damaged: remove that line, its sample will be judged again") from None
         self.found[key] = verdict
+
+# %% ../nbs/07d_judge.ipynb #87dab41a
+@patch
+def add(self:Verdicts,
+    key:str, # From `request_key`
+    verdict:dict, # Grades and notes
+    **more, # What else is worth keeping, e.g. id and tokens
+):
+    "Keep a verdict, on the disk when this returns"
+    self.file.write((json.dumps(dict(key=key, verdict=verdict, **more), ensure_ascii=False)+'\n').encode())
+    self.file.flush(); os.fsync(self.file.fileno())
+    self.found[key] = verdict
 
 # %% ../nbs/07d_judge.ipynb #dc9e7b29
 def sample_body(

@@ -44,6 +44,7 @@ class PrunedTowerOutput(QuantizedTowerOutput):
     "Kept features (B, M, D), also as the only `hidden_states`; raster indices of what was kept (B, M); codes and features of all N patches"
     keep: Tensor|None = None
 
+# %% ../nbs/09a_pruned_vlm.ipynb #63e2f63a
 class PrunedTower(QuantizedTower):
     "A tower with a quantiser that drops tokens by the domain's code frequencies (CRAFT, Section 3.3)"
     config_class = PrunedTowerConfig
@@ -77,6 +78,7 @@ class PrunedTower(QuantizedTower):
         out = PrunedTowerOutput(short, out.pooler_output, (short,), out.ids, out.features, keep)
         return out if return_dict else out.to_tuple()
 
+# %% ../nbs/09a_pruned_vlm.ipynb #982a5155
 AutoConfig.register('graftlab_pruned_tower', PrunedTowerConfig, exist_ok=True)
 AutoModel.register(PrunedTowerConfig, PrunedTower, exist_ok=True)
 

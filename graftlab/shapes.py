@@ -72,6 +72,21 @@ def shape_questions(
     if min(count[k] for k in ('color', 'shape'))<each: raise GraftError(f"{each} questions of each type wanted, {dict(count)} found")
     return out
 
+# %% ../nbs/16a_shapes.ipynb #7188c134
+def _states_file(collate, tower, by, stop, folder, batch_size, progress):
+    "File of what enters layer `stop` for each picture of `by`, path -> record; made where it is absent"
+    key = hashlib.sha256('\n'.join(by).encode())
+    for p in tower.parameters(): key.update(p.detach().float().sum().numpy().tobytes())
+    path = Path(folder)/f'pictures-{stop}-{key.hexdigest()[:12]}.safetensors'
+    if not path.exists():
+        todo,states = list(by.values()),[]
+        for i in tqdm(range(0, len(todo), batch_size), desc='picture states', disable=None if progress is None else not progress):
+            with torch.no_grad(): states.append(run_tower(tower, torch.cat([collate.pixels(r) for r in todo[i:i+batch_size]]), stop=stop))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({'states': torch.cat(states)}, path.with_suffix('.tmp'))
+        path.with_suffix('.tmp').replace(path)
+    return path
+
 # %% ../nbs/16a_shapes.ipynb #6b742435
 class KeptPictures(Collator):
     "A collator that gives kept states of the frozen tower layers in place of pixels"
@@ -85,16 +100,7 @@ class KeptPictures(Collator):
     )->'KeptPictures':
         "Compute and keep what enters layer `stop` of the tower, for each distinct picture (fp32)"
         by = {r['image']: r for r in records if r.get('image')}
-        key = hashlib.sha256('\n'.join(by).encode())
-        for p in tower.parameters(): key.update(p.detach().float().sum().numpy().tobytes())
-        path = Path(folder)/f'pictures-{stop}-{key.hexdigest()[:12]}.safetensors'
-        if not path.exists():
-            todo,states = list(by.values()),[]
-            for i in tqdm(range(0, len(todo), batch_size), desc='picture states', disable=None if progress is None else not progress):
-                with torch.no_grad(): states.append(run_tower(tower, torch.cat([self.pixels(r) for r in todo[i:i+batch_size]]), stop=stop))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({'states': torch.cat(states)}, path.with_suffix('.tmp'))
-            path.with_suffix('.tmp').replace(path)
+        path = _states_file(self, tower, by, stop, folder, batch_size, progress)
         self.row,self.states,self.rendered = {p: i for i,p in enumerate(by)},safe_open(path, 'pt').get_tensor('states'),{}
         return self
 

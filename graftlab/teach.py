@@ -45,6 +45,7 @@ def keep_states(
         path.with_suffix('.tmp').replace(path)
     return KeptStates(folder)
 
+# %% ../nbs/06b_teach.ipynb #77747c47
 @torch.no_grad()
 def _states(h, texts, layers):
     "Flat ids, states and final hidden states of one batch of texts"
@@ -118,6 +119,7 @@ class TeachLoss(nn.Module):
     def forward(self,
         batch:dict, # From `collate_kept`
     )->Tensor: # Sum over positions, scaled up from the drawn ones, scalar
+        "Run the surrogate from its translator on, and compare its distributions with the host's"
         h,x = Host(self.surrogate),batch['states']
         with entering(h, self.layer, x):
             out = h.decoder(inputs_embeds=torch.zeros_like(x), attention_mask=batch['attention_mask'], use_cache=False).last_hidden_state

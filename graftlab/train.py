@@ -97,6 +97,7 @@ class StepLoss(nn.Module):
         count = batch['input_ids'].eq(self.vlm.config.image_token_id).sum(1)//features.shape[1]
         return row_noise(features, [d+9+i for d,n in zip(batch['draws'], count.tolist()) for i in range(n)])
 
+# %% ../nbs/06_train.ipynb #5c183640
 def answer_loss(
     vlm:nn.Module, # LlavaForConditionalGeneration
     batch:dict, # What the collator gives, perhaps with `weight` (T,), the tokens' factors
