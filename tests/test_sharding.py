@@ -30,7 +30,7 @@ CASES = {2: {"ddp-4-paper": {}, "full-1-None": {}, "full-2-paper": dict(activati
          4: {"full-1-paper": {}, "full-2-None": {}, "hsdp-1-None": {}, "hsdp-2-paper": dict(activation_checkpointing=True)}}
 NAMED = {f"{world}-{name}": (world, name) for world in CASES for name in CASES[world]}
 SHARD = dict(ddp=None, full="full", hsdp=2)
-LARGE = LlamaConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=12, vocab_size=8192) # 352 MB in fp32
+LARGE = LlamaConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12, vocab_size=8192) # 654 MB in fp32, beside which 50 MB of modules imported on the way count for little
 
 
 def asked(world, name):
@@ -89,7 +89,7 @@ class Watch:
 
 
 def load_large(folder):
-    "What a rank of four holds, reads and needs of a decoder of 352 MB"
+    "What a rank of four holds, reads and needs of a large decoder"
     acc = make_accelerator("no")
     with Watch() as memory:
         _, vlm, weights, _ = empty(folder)
@@ -131,7 +131,8 @@ def on_each_rank(folder):
 def torchrun(world, *args):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port), *map(str, args)],
-                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
+                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+                                                MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="1000000"), # what is freed goes back, so that growth is what is held
                           capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout+done.stderr
 
@@ -209,12 +210,12 @@ def test_in_bf16_gradients_agree_to_its_precision(ranks, alone):
 
 def test_no_rank_ever_holds_the_whole_model(ranks):
     total = sum(f.stat().st_size for f in (ranks[0]/"large").glob("*.safetensors"))
-    assert total > 350e6
+    assert total > 650e6
     for rank in range(4):
         large = json.loads((ranks[0]/f"large-{rank}.json").read_text())
-        assert large["same"] and large["tensors"] == 8*9+3
+        assert large["same"] and large["tensors"] == 16*9+3
         assert large["weights"] == pytest.approx(total/4, rel=.01)
-        assert .9*total/4 < large["growth"] < .75*total, large # its quarter, and what torch and gloo keep beside it
+        assert .9*total/4 < large["growth"] < .5*total, large
 
 
 def test_an_empty_model_wants_its_own_checkpoint(ranks, tmp_path):
