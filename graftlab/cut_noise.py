@@ -61,7 +61,7 @@ class CutNoise:
         batch:dict, # `draws`, from `row_draws`, and `attention_mask` (B, N); without draws the global random state decides
     ):
         "Make the noise of the next forward pass, and of what is computed again in its backward pass, that of these rows"
-        self.draws = batch.get('draws')
+        self.draws = batch.get('draws') if self.sigma else None        # without noise nothing is asked of the device
         self.lengths = batch['attention_mask'].sum(1).tolist() if self.draws else None
 
     def __call__(self,
