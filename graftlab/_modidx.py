@@ -596,6 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'graftlab.scores.exact_match': ('scores.html#exact_match', 'graftlab/scores.py'),
                                  'graftlab.scores.mme_scores': ('scores.html#mme_scores', 'graftlab/scores.py'),
                                  'graftlab.scores.normalize_answer': ('scores.html#normalize_answer', 'graftlab/scores.py'),
+                                 'graftlab.scores.over_seeds': ('scores.html#over_seeds', 'graftlab/scores.py'),
                                  'graftlab.scores.paired_difference': ('scores.html#paired_difference', 'graftlab/scores.py'),
                                  'graftlab.scores.score_table': ('scores.html#score_table', 'graftlab/scores.py'),
                                  'graftlab.scores.wilson': ('scores.html#wilson', 'graftlab/scores.py'),

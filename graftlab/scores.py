@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BINARY_PROMPT', 'WORD_PROMPT', 'MME', 'TABLE8_COLUMNS', 'TABLE8', 'EvaluationError', 'normalize_answer',
-           'exact_match', 'wilson', 'paired_difference', 'binary_prompts', 'yes_no', 'yes_no_scores', 'mme_scores',
-           'score_table', 'average_score']
+           'exact_match', 'wilson', 'paired_difference', 'over_seeds', 'binary_prompts', 'yes_no', 'yes_no_scores',
+           'mme_scores', 'score_table', 'average_score']
 
 # %% ../nbs/07b_scores.ipynb #00000002
 import csv
@@ -71,6 +71,21 @@ def paired_difference(
     means = rng.multinomial(len(a), counts/len(a), size=draws)@values/len(a)
     low,high = np.quantile(means, [.5-confidence/2, .5+confidence/2])
     return dict(difference=float((a-b).mean()), low=float(low), high=float(high), n=len(a))
+
+# %% ../nbs/07b_scores.ipynb #373382e8
+def over_seeds(
+    groups:list, # Scores of each seed's model, question by question: an array (n,) a seed
+    draws:int=4000, # Bootstrap samples
+    confidence:float=.95, # Share of the samples between the ends
+    seed:int=0, # Seed of the resampling
+)->tuple: # Mean over seeds of the mean over questions, and the two ends of its interval
+    "Mean score of a method over seeds, with a bootstrap interval over seeds and questions; `EvaluationError` where there is nothing"
+    groups = [np.asarray(g, dtype=float) for g in groups]
+    if not groups or any(g.ndim!=1 or not len(g) for g in groups): raise EvaluationError(f"one list of scores a seed is needed, got shapes {[g.shape for g in groups]}")
+    rng = np.random.default_rng(seed)
+    def _draw(): return np.mean([groups[i][rng.integers(len(groups[i]), size=len(groups[i]))].mean() for i in rng.integers(len(groups), size=len(groups))])
+    low,high = np.quantile([_draw() for _ in range(draws)], [.5-confidence/2, .5+confidence/2])
+    return float(np.mean([g.mean() for g in groups])),float(low),float(high)
 
 # %% ../nbs/07b_scores.ipynb #0000001b
 BINARY_PROMPT = ' Please answer with yes or no.'

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -126,6 +127,8 @@ def make_accelerator(
     asked = int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_STEP_NUM_TASKS') or 1)     # by torchrun; by srun alone
     if acc.num_processes!=asked:
         raise GraftError(f"{asked} processes were launched but {acc.num_processes} joined: each would train on its own. Start with torchrun or `accelerate launch`.")
+    if precision=='bf16' and acc.device.type=='cpu' and torch.backends.cpu.get_cpu_capability()=='AVX2':
+        warnings.warn("this processor has no bfloat16 instructions, they are emulated: precision='no' (`--set precision=no`) is several times as fast")
     return acc
 
 # %% ../nbs/06_train.ipynb #00000019

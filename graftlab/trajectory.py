@@ -224,7 +224,7 @@ def _refuse(median:np.ndarray, layer:int):
     "Raise `NoTransition` where the median curve has no early phase, no late phase, or rises again"
     steps = np.diff(median[layer:])
     halves = [np.median(part) for part in np.array_split(median[:max(layer, 2)], 2)]
-    early,late = 2*(halves[0]-halves[1])/max(layer, 1),median[layer-1]/(len(median)-layer) # nats a layer, on the plateau and behind it
+    early,late = 2*(halves[0]-halves[1])/max(layer, 1),median[layer-1]/max(len(median)-layer, 1) # nats a layer, on the plateau and behind it
     why = None
     if layer>len(median)-3: why = f"the curves stay apart until layer {layer} of {len(median)}: no late phase"
     elif layer<3 or early>.5*late: why = f"the curves fall from the start: no early phase before layer {layer}"

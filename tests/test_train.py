@@ -303,6 +303,15 @@ def test_ranks_that_did_not_find_each_other_are_an_error(monkeypatch):
     with pytest.raises(GraftError, match="2 processes were launched but 1 joined"): make_accelerator("no")
 
 
+def test_emulated_bf16_is_said():
+    "On a processor without bf16 instructions training says that fp32 is faster; with them, and in fp32, it says nothing"
+    code = "import sys; from graftlab.train import make_accelerator; make_accelerator(sys.argv[1])"
+    def said(precision, kind):
+        env = os.environ | dict(ATEN_CPU_CAPABILITY=kind, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(Path(__file__).parents[1]))
+        return "precision='no'" in subprocess.run([sys.executable, "-c", code, precision], env=env, check=True, capture_output=True, text=True).stderr
+    assert said("bf16", "avx2") and not said("no", "avx2") and not said("bf16", "default")
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 2: on_each_rank(Path(sys.argv[1]))
     else: train_in_child(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
