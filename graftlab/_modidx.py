@@ -737,6 +737,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'graftlab.train.StepLoss.__init__': ('train.html#steploss.__init__', 'graftlab/train.py'),
                                 'graftlab.train.StepLoss._picture_noise': ('train.html#steploss._picture_noise', 'graftlab/train.py'),
                                 'graftlab.train.StepLoss.forward': ('train.html#steploss.forward', 'graftlab/train.py'),
+                                'graftlab.train._deaf': ('train.html#_deaf', 'graftlab/train.py'),
                                 'graftlab.train._loader': ('train.html#_loader', 'graftlab/train.py'),
                                 'graftlab.train._loop': ('train.html#_loop', 'graftlab/train.py'),
                                 'graftlab.train._step': ('train.html#_step', 'graftlab/train.py'),

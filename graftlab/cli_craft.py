@@ -14,7 +14,7 @@ from .command import arg, command
 # %% ../nbs/14e_cli_craft.ipynb #095035cb
 DATA = (arg('--data', required=True, metavar='FILE', help='LLaVA conversations: .json, .jsonl, .arrow, .parquet'),
         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'))
-SETTINGS = (arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr=1e-5'),
+SETTINGS = (arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr=1e-5'),
             arg('--workers', type=int, default=0, help='processes that prepare batches ahead (default: 0)'))
 DTYPE = arg('--dtype', choices=['bfloat16', 'float32'], default='float32', help='of the weights written (default: float32)')
 
@@ -62,6 +62,8 @@ def changed(
         if key not in fields or not value: raise GraftError(f"--set {setting}: expected KEY=VALUE with KEY one of {', '.join(sorted(fields))}")
         try: changes[key] = json.loads(value)
         except ValueError: changes[key] = value
+    if changes.get('shard') is not None and int(os.environ.get('WORLD_SIZE') or 1)>1:
+        raise GraftError('shard: models that speak a codebook are trained with a copy on each process; leave shard out')
     return make(**changes)
 
 # %% ../nbs/14e_cli_craft.ipynb #2e37ab47

@@ -39,9 +39,10 @@ def _conversations(path, samples, seed):
     import random
     from graftlab.host import GraftError
     records = []
-    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
+    try: lines = Path(path).read_text(encoding='utf-8').split('\n')     # not splitlines, which takes U+2028 inside a string for an end
     except (OSError, ValueError) as e: raise GraftError(f'{path}: {e}') from e
     for i,line in enumerate(lines, 1):
+        if not line.strip(): continue
         try: records.append(json.loads(line)['messages'])
         except (ValueError, KeyError, TypeError): raise GraftError(f'{path}, line {i}: expected a JSON object with a list `messages` of role and content') from None
     if not records: raise GraftError(f'{path} holds no conversation')

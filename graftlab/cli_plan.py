@@ -41,13 +41,13 @@ def _data(args):
          arg('--gpus', type=int, default=1, help='devices (default: 1)'),
          arg('--stages', type=int, nargs='+', choices=[1, 2, 3], default=[1, 2, 3], help='which stages (default: all)'),
          arg('--config', metavar='TOML', help='recipe file'),
-         arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change all recipes, e.g. shard=16 activation_checkpointing=true'),
+         arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change all recipes, e.g. shard=16 activation_checkpointing=true'),
          arg('--records', type=int, nargs='+', metavar='N', help="records of the stages, one number or one a stage (default: the paper's)"),
          arg('--text', type=float, default=192, metavar='N', help='tokens of a record besides its picture (default: 192)'),
          arg('--answer', type=float, default=96, metavar='N', help='supervised tokens of a record (default: 96)'),
          arg('--image-size', type=int, metavar='PX', help="side of the square input (default: the encoder's own)"),
          arg('--tflops', type=float, metavar='X', help='what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
-         arg('--seconds', nargs='+', default=[], metavar='STAGE=S', help='seconds of a step that somebody timed, e.g. 3=20.5; they also set the rate'),
+         arg('--seconds', nargs='+', action='extend', default=[], metavar='STAGE=S', help='seconds of a step that somebody timed, e.g. 3=20.5; they also set the rate'),
          examples='graftlab plan smollm2 --encoder vit-s14 --start 23 --end 28\n'
                   'graftlab plan my-70b --encoder my-clip --start 40 --end 78 --gpus 128 --seconds 3=20.5 --set shard=16 activation_checkpointing=true')
 def plan(args):
@@ -65,6 +65,7 @@ def _planned(args):
     "(model on the meta device, its tokenizer's folder, layers that stage 1 trains) of what `train` would begin with"
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
+    import graftlab.pruned_vlm # transformers learns of towers with a codebook
     from graftlab.cli_train import trained_layers
     from graftlab.cost import meta_vlm
     from graftlab.host import GraftError

@@ -142,7 +142,7 @@ def save_taught(
          arg('--data', metavar='FILE', help="conversations without pictures in LLaVA's format, or JSON lines with `messages` (default: the zoo's text)"),
          arg('--steps', type=int, metavar='N', help='optimiser steps (default: one pass over the data)'),
          arg('--max-tokens', type=int, default=256, metavar='N', help='cut conversations to this many tokens (default: 256)'),
-         arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. lr=5e-4 batch_size=32'),
+         arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. lr=5e-4 batch_size=32'),
          arg('--config', metavar='TOML', help='recipe file: fields of the recipe, table [stage0]; --set and --steps count last'),
          examples='graftlab teach surrogate smollm2 runs/teach\n'
                   'graftlab teach surrogate smollm2 runs/teach --data chats.jsonl --steps 240 --max-tokens 64 --set batch_size=8\n'

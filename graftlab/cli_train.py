@@ -46,11 +46,13 @@ def trained_layers(
 # %% ../nbs/14c_cli_train.ipynb #6c923434
 def _start(args, empty=False):
     "Model, processor, what is known of them, and where numbers are that an empty model has not: from decoder and encoder, or from a model folder"
+    import graftlab.pruned_vlm # transformers learns of towers with a codebook
     from graftlab.host import GraftError
     from graftlab.sharding import empty_vlm
     from graftlab.vlm import build_vlm, host_fingerprint
     from graftlab.zoo import get_encoder, get_llm
     if args.model:
+        if args.llm or args.encoder or args.image_size: raise GraftError('--model is a whole model: leave out --llm, --encoder and --image-size')
         if not empty: return *open_vlm(args.model), None
         vlm,processor,weights = empty_vlm(args.model)
         return vlm, processor, _note(args.model), weights
@@ -106,7 +108,7 @@ def _write(args, vlm, processor, info, done):
          arg('--model', metavar='DIR', help='model folder to go on from, in place of --llm and --encoder'),
          arg('--layers', choices=['translator', 'every_other', 'all_before'], default='translator',
              help='in stage 1: the translators (default), or every second or all layers before the first one too (the control T*)'),
-         arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr_adapter=1e-3'),
+         arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr_adapter=1e-3'),
          arg('--config', metavar='TOML', help='recipe file: fields of the recipe, tables [stage1] to [stage3]; --set counts last'),
          arg('--dry-run', action='store_true', help='print trained parameters, memory, steps, arithmetic and hours; train nothing'),
          arg('--gpus', type=int, help='for the dry run: devices (default: those it is launched on)'),

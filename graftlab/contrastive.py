@@ -23,7 +23,7 @@ from .scores import normalize_answer
 def same_class(
     classes:Tensor, # Classes (B,), or several ids a picture (B, C): label, sentence
 )->Tensor: # True where two pictures share any of them (B, B)
-    "Pairs that are no negatives of each other (Eq. 4, reading C6)"
+    "Pairs that are no negatives of each other (Eq. 4)"
     ids = classes.reshape(len(classes), -1)
     return (ids[:,None]==ids[None]).any(-1)
 
@@ -44,7 +44,7 @@ def sigmoid_contrastive(
 
 # %% ../nbs/10a_contrastive.ipynb #00000012
 class ContrastiveHead(nn.Module):
-    "Temperature, bias and, where widths differ, projection of the contrastive loss (CRAFT, Eq. 4; readings C6, C8)"
+    "Temperature, bias and, where widths differ, projection of the contrastive loss (CRAFT, Eq. 4)"
     def __init__(self,
         width:int, # Of picture embeddings, D
         text_width:int, # Of sentence embeddings
@@ -118,7 +118,7 @@ def record_texts(
 def record_class(
     record:dict, # LLaVA record, perhaps with `label`
 )->str: # Name of its class y_i
-    "Label, or normalised answers; `BadRecord` where there is nothing (reading C6)"
+    "Label, or normalised answers; `BadRecord` where there is nothing"
     told = [record['label']] if record.get('label') is not None else [m['value'] for m in record['conversations'][1::2]]
     name = ' | '.join(normalize_answer(str(x)) for x in told)
     if not name.strip(' |'): raise BadRecord(f"record {record.get('id')!r} has an empty class: give it a label or an answer")

@@ -96,7 +96,7 @@ class Records:
     answer: float = 96.     # supervised tokens of a record; ours
     pictures: float = 1.    # pictures a record
 
-LLAVA = Records(624_608)                                       # LLaVA-1.5 without text-only records ("625K", reading G17)
+LLAVA = Records(624_608)                                       # LLaVA-1.5 without text-only records ("625K")
 GENQA_LLAVA = Records(1_124_608, pictures=624_608/1_124_608)   # and 500K of GenQA: stage 1
 
 def measure(

@@ -51,7 +51,7 @@ def commitment(
     features:Tensor, # Before quantisation (B, N, D); gradient goes here and nowhere else
     quantizer:ResidualQuantizer, # Over the frozen codebook
     ids:Tensor, # Their codes (B, N, depth)
-    per_level:bool=False, # Mean over the sums after every level; default: the last alone (reading C4)
+    per_level:bool=False, # Mean over the sums after every level; default: the last alone
 )->Tensor: # Mean over elements, fp32 scalar
     "Commitment loss: mean squared distance to the chosen entries (CRAFT, Eq. 3)"
     target = quantizer.partial(ids) if per_level else quantizer.decode(ids)[..., None, :]
@@ -95,7 +95,7 @@ def craft_loss(
     terms:Terms, # Sums of one pass, or of all passes
     tokens:int, # Supervised tokens of the whole step
     pictures:int, # Pictures of the whole step
-    lambda_con:float=.1, # Section 4.1: 0.1 for questions, 1 for classification (reading C16)
+    lambda_con:float=.1, # Section 4.1: 0.1 for questions, 1 for classification
     lambda_commit:float=.1, # Section 4.1
     lambda_sal:float=1., # 1 in Eq. 5; 0 to leave it out, as Table 5 does
 )->Tensor: # The pass's part of the step's loss
@@ -140,16 +140,16 @@ class CraftRecipe(Recipe):
     lr: float = 1e-4                  # peak rate: Section 8's, Section 4.1 prints none
     batch_size: int = 24              # pictures in one optimiser step
     last_k: int = None                # encoder layers trained, counted back from the quantised one; None: all
-    lambda_con: float = .1            # weight of Eq. 4: 0.1 for questions, 1 for classification (reading C16)
+    lambda_con: float = .1            # weight of Eq. 4: 0.1 for questions, 1 for classification
     lambda_commit: float = .1         # weight of Eq. 3
     lambda_sal: float = 1.            # weight of Eq. 2; 0 leaves it out (Table 5)
-    per_level: bool = False           # commitment after every level (reading C4)
+    per_level: bool = False           # commitment after every level
 
 def craft_recipe(
     task:str='questions', # Or 'classes'
     **kw, # any field of `CraftRecipe`
 )->CraftRecipe: # Section 4.1's numbers for that task
-    "Recipe for adapting to questions or to classes (CRAFT, Section 4.1, reading C16)"
+    "Recipe for adapting to questions or to classes (CRAFT, Section 4.1)"
     weights = dict(questions=.1, classes=1.)
     if task not in weights: raise GraftError(f"task {task!r}: expected one of {', '.join(weights)}")
     return CraftRecipe(**{**dict(lambda_con=weights[task]), **kw})

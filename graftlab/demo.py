@@ -158,7 +158,7 @@ def references(
         vlm,processor = fresh_vlm(run, run.load())
         encoder_training(run, 'host', vlm, processor, run.plan.host_steps, 'encoder on the full host')
         return vlm, processor
-    score(run, 'host', 'Encoder trained on the host', 'encoder and adapter trained on the full host itself', 'reference', _on_host)
+    score(run, 'host', 'Encoder trained on the host', f'encoder and adapter trained on the full host itself, for {run.plan.host_steps} steps (on the surrogates: {run.plan.steps})', 'reference', _on_host)
 
 # %% ../nbs/16_demo.ipynb #31fd9e35
 def surrogate_and_graft(

@@ -32,8 +32,8 @@ class Plan:
     adapter_steps: int = 20           # stage 1
     steps: int = 400                  # stage 2 on the late cut
     early_steps: int = 400            # stage 2 on the early cut, the same
-    host_steps: int = 100             # the same training on the full host: the reference
-    full_steps: int = 25              # stage 3: a tenth of the pictures that stage 2 sees
+    host_steps: int = 100             # the same training on the full host, a quarter of the surrogates' steps: a reference, not what it can reach
+    full_steps: int = 25              # stage 3: a sixteenth of the pictures that stage 2 sees
     batch_size: int = 4               # pictures a step, with two questions each
     lr: float = 1e-4                  # encoder; small data wants more than the paper's 5e-5
     lr_adapter: float = 3e-3          # the adapter starts from nothing

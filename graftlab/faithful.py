@@ -90,12 +90,16 @@ def _correlation(x, y):
 def rank_correlation(
     x, # A number for each encoder, (n,)
     y, # Its graft gap, (n,)
+    encoders=None, # Which encoder each number belongs to, (n,), where one gives several; None: each its own
     draws:int=2000, # Bootstrap samples of encoders
     seed:int=0, # Of the resampling
 )->dict: # rho, low, high (95 %), n
-    "Spearman's rank correlation with a bootstrap interval over encoders"
+    "Spearman's rank correlation with a bootstrap interval over encoders; `GraftError` where there are fewer than three"
     if len(x)!=len(y) or len(x)<3: raise GraftError(f"a correlation needs at least three pairs, got {len(x)} and {len(y)} numbers")
     x,y = torch.as_tensor(x, dtype=torch.float64),torch.as_tensor(y, dtype=torch.float64)
-    picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed))
+    whose = list(range(len(x)) if encoders is None else encoders)
+    rows = [torch.tensor([i for i,w in enumerate(whose) if w==e]) for e in dict.fromkeys(whose)]
+    if len(rows)<3: raise GraftError(f"a correlation needs at least three encoders, got {len(rows)}")
+    picks = [torch.cat([rows[i] for i in p]) for p in torch.randint(len(rows), (draws, len(rows)), generator=torch.Generator().manual_seed(seed))]
     low,high = torch.tensor([_correlation(x[p], y[p]) for p in picks]).quantile(torch.tensor([.025, .975])).tolist()
     return dict(rho=_correlation(x, y), low=low, high=high, n=len(x))

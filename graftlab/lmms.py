@@ -134,7 +134,7 @@ def lmms_results(
     if not found: raise EvaluationError(f'{out} holds no results of lmms-eval')
     stamp,samples = found[-1].name.removesuffix('_results.json'),{}
     for f in found[-1].parent.glob(f'{stamp}_samples_*.jsonl'):
-        records = [json.loads(l) for l in f.read_text(encoding='utf-8').splitlines()]
+        records = [json.loads(l) for l in f.read_text(encoding='utf-8').split('\n') if l.strip()] # not splitlines: an answer may hold U+2028
         first = lambda r: r['filtered_resps'] if isinstance(r['filtered_resps'], str) else r['filtered_resps'][0]
         samples[f.stem.removeprefix(f'{stamp}_samples_')] = sorted((r['doc_id'], first(r)) for r in records)
     return {t: {k: v for k,v in s.items() if k!='alias'} for t,s in json.loads(found[-1].read_text())['results'].items()}, samples

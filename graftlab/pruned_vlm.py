@@ -25,7 +25,7 @@ from .vlm import embed
 def tower_frequencies(
     tower:QuantizedTower, # Tower that speaks the codebook
     batches:Iterable[Tensor], # Pictures of the domain as pixels, (B, 3, H, W) each
-    alpha:float=1., # Added to every count (reading C11)
+    alpha:float=1., # Added to every count
 )->Tensor: # Share of each first-level code, (K,), float64
     "`p_dom` of CRAFT's Section 3.3 from pictures"
     counts = torch.zeros(tower.quantizer.size, dtype=torch.long)

@@ -33,7 +33,7 @@ class Recipe:
     clip: float = 1.                  # largest 2-norm of the gradient
     precision: str = 'bf16'           # autocast; trained weights are kept in fp32. 'no': fp32 throughout
     last_k: int = 8                   # trained encoder layers (Section A.9: eight); None: all
-    response_weight: str = None       # 'paper': dynamic weights (Section A.11, reading G8); None: token mean
+    response_weight: str = None       # 'paper': dynamic weights (Section A.11); None: token mean
     noise: float = 0.                 # Gaussian noise on image tokens, in units of their root mean square; ours
     cut_noise: float = 0.             # noise on the states that enter a surrogate's translators, in units of their root mean square; ours
     attention: str = None             # transformers' attention kernel; None: the faster one of the device
@@ -88,7 +88,7 @@ def _spoken(text):
 
 # %% ../nbs/06a_recipe.ipynb #0294efd1
 def read_recipe(
-    path, # TOML file; None: the paper's recipe
+    path, # TOML file; None: the stage's defaults, the paper's but for `cut_noise` in stage 2
     stage:int, # 1, 2 or 3
     changes:list=(), # KEY=VALUE strings that count last; VALUE as in JSON, or a bare word
 )->Recipe: # The recipe of that stage

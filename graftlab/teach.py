@@ -120,7 +120,8 @@ class TeachLoss(nn.Module):
         batch:dict, # From `collate_kept`
     )->Tensor: # Sum over positions, scaled up from the drawn ones, scalar
         "Run the surrogate from its translator on, and compare its distributions with the host's"
-        h,x = Host(self.surrogate),batch['states']
+        h = Host(self.surrogate)
+        x = batch['states'].to(h.embed.weight.dtype)                     # kept in bf16; some norms take no other dtype than their weights'
         with entering(h, self.layer, x):
             out = h.decoder(inputs_embeds=torch.zeros_like(x), attention_mask=batch['attention_mask'], use_cache=False).last_hidden_state
         student,teacher = out[batch['attention_mask'].bool()],batch['final']

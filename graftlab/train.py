@@ -122,6 +122,7 @@ def make_accelerator(
     precision:str='bf16', # 'bf16' (autocast) or 'no'
 )->Accelerator: # accelerate's object for this process
     "The accelerator of this process; `GraftError` when fewer processes joined than were launched"
+    if precision not in ('bf16', 'no'): raise GraftError(f"precision is 'bf16' or 'no', not {precision!r}")
     AcceleratorState._reset_state()          # accelerate keeps one precision a process; stages may differ
     acc = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     asked = int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_STEP_NUM_TASKS') or 1)     # by torchrun; by srun alone
@@ -152,7 +153,7 @@ class Passes(Dataset):
     def __getitem__(self, j):
         step,place = divmod(j, self.per_step)
         batch = self.collate([self.records[i] for i in self.indices(step)[place]])
-        return batch | dict(draws=row_draws(batch.get('ids', []), self.recipe.seed, step))
+        return batch | (dict(draws=row_draws(batch['ids'], self.recipe.seed, step)) if 'ids' in batch else {})
 
 # %% ../nbs/06_train.ipynb #0000001c
 def optimiser_step(
@@ -162,7 +163,7 @@ def optimiser_step(
     mode:str=None, # Dynamic response weights: None or 'paper' (Section A.11)
     stop:bool=False, # This rank wants to stop after the step
 ): # (mean loss over the whole step, number of supervised tokens, does any rank want to stop)
-    "Gradients of one optimiser step: the mean over every supervised token of all ranks and micro-batches (G9, G10)"
+    "Gradients of one optimiser step: the mean over every supervised token of all ranks and micro-batches"
     batches = [{k: v.to(acc.device) if isinstance(v, Tensor) else v for k,v in b.items()} for b in batches]
     factors,tokens = step_factors([b['response'].bincount() for b in batches], mode=mode)
     for b,f in zip(batches, factors): b.update(weight=f[b['response']], tokens=tokens)
@@ -172,7 +173,7 @@ def optimiser_step(
         with exchange(acc, model, i==len(batches)-1):
             with acc.autocast(): loss = model(b)/tokens
             if not loss.isfinite():
-                raise GraftError(f"the loss is {loss.item()} in a batch with the records {b['ids']}: look at them, or lower the rate")
+                raise GraftError(f"the loss is {loss.item()} in a batch with the records {b.get('ids', '?')}: look at them, or lower the rate")
             acc.backward(loss*acc.num_processes)
         mean += loss.detach()
     return acc.reduce(mean, 'sum').item(), tokens, stop
@@ -214,10 +215,14 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
 
 # %% ../nbs/06_train.ipynb #00000029
+def _deaf(worker):
+    "Ctrl-C reaches every process of a terminal: workers leave it to the one that trains, which still needs their batches to end its step"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def _loader(passes, done, workers):
     "Batches from step `done` on, prepared ahead by `workers` processes"
     rest = Subset(passes, range(done*passes.per_step, len(passes)))
-    return iter(DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+    return iter(DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_deaf))
 
 def _step(acc, model, optimizer, params, batches, recipe, step, steps, stop):
     "One optimiser step; its line of metrics, and whether any rank wants to stop"
@@ -261,8 +266,12 @@ def fit(
     model = place(model, acc, recipe, weights)
     params,main = {n: p for n,p in model.named_parameters() if p.requires_grad},acc.is_main_process
     if not params: raise GraftError("nothing to train: no parameter has requires_grad")
-    if finished(out, recipe): return load_trained(out, params)
-    steps,optimizer = recipe.steps or math.ceil(recipe.epochs*len(records)/recipe.batch_size),make_optimizer(params, recipe)
+    steps = recipe.steps or math.ceil(recipe.epochs*len(records)/recipe.batch_size)
+    if finished(out, recipe):
+        if (had := json.loads((out/'metrics.json').read_text())['steps'])!=steps:
+            raise GraftError(f"{out} holds a finished run of {had} steps, these {len(records)} records make {steps}: use another folder, or remove it")
+        return load_trained(out, params)
+    optimizer = make_optimizer(params, recipe)
     passes = Passes(records, collate, recipe, steps, acc.process_index, acc.num_processes)
     optimizer.zero_grad()                                            # whatever happened before
     done = resume(out, params, optimizer, recipe, writes=main)

@@ -51,7 +51,7 @@ def set_trainable(
     if unknown: raise GraftError(f"no parameter is called {sorted(unknown)[0]}")
     for n,p in vlm.named_parameters():
         p.requires_grad_(n in names)
-        p.data = p.data.to(torch.float32 if n in names else frozen_dtype or p.dtype)
+        p.data = p.data.to(torch.float32 if n in names else frozen_dtype or p.dtype, copy=n in names)   # a copy: a surrogate shares its layers with the host
     return vlm
 
 # %% ../nbs/04b_trainable.ipynb #00000029

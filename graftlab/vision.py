@@ -59,7 +59,7 @@ def resize_tower(
     if hasattr(emb, 'position_embeddings'): emb.position_embeddings = nn.Parameter(table)
     else:
         emb.position_embedding = nn.Embedding.from_pretrained(table[0], freeze=False)
-        emb.position_ids = torch.arange(table.shape[1])[None]
+        emb.position_ids = torch.arange(table.shape[1], device=table.device)[None]
         emb.num_patches,emb.num_positions = new**2,table.shape[1]
     cfg.image_size = emb.image_size = image_size
     return tower
@@ -77,7 +77,7 @@ def image_processor(
     source, # Folder or hub id of the encoder
     image_size:int, # Side of the square input in pixels
 ): # Image processor that resizes to that square, without cropping
-    "The encoder's image processor for square pictures of one size (pictures are padded to squares before, reading G14)"
+    "The encoder's image processor for square pictures of one size (pictures are padded to squares before)"
     proc = AutoImageProcessor.from_pretrained(source, backend='pil')
     proc.do_resize,proc.do_center_crop,proc.size = True,False,dict(height=image_size, width=image_size)
     proc.crop_size = dict(height=image_size, width=image_size)

@@ -23,6 +23,7 @@ from .files import fresh_folder, write_json
 from .host import GraftError, Host, HostMismatch, UnsupportedConfig, fingerprint
 from .trainable import feature_stop, set_trainable, trainable_names, trainable_table
 from .vision import image_processor, resize_tower, run_tower, tower_layers, tower_pixels
+from .zoo import get_llm
 
 # %% ../nbs/04_vlm.ipynb #a103e371
 _all_ = ['feature_stop', 'set_trainable', 'trainable_names', 'trainable_table', 'image_processor', 'resize_tower', 'run_tower', 'tower_layers', 'tower_pixels']
@@ -141,11 +142,10 @@ def save_vlm(
     with fresh_folder(folder) as tmp:
         weights = {n for n,_ in vlm.named_parameters(remove_duplicate=False)}                            # buffers, such as a codebook, keep their bits
         state = {n: v.to(dtype) if n in weights else v for n,v in vlm.state_dict().items()}
-        config = copy.deepcopy(vlm.config)
-        for c in (config, config.text_config, config.vision_config): c.dtype = dtype
-        original,vlm.config = vlm.config,config
-        try: vlm.save_pretrained(tmp, state_dict=state)
-        finally: vlm.config = original
+        vlm.save_pretrained(tmp, state_dict=state)
+        config = json.loads((tmp/'config.json').read_text())                                             # it has the dtype that the model has in memory
+        for c in (config, config['text_config'], config['vision_config']): c['dtype'] = str(dtype).removeprefix('torch.')
+        write_json(tmp/'config.json', config)
         processor.save_pretrained(tmp)
     return Path(folder)
 
@@ -197,7 +197,7 @@ def host_fingerprint(
     if isinstance(source, (str, Path)) and note.exists():
         info = json.loads(note.read_text())
         if 'fingerprint' in info: return info['fingerprint']
-    return fingerprint(source)
+    return fingerprint(get_llm(source) if isinstance(source, str) else source)
 
 # %% ../nbs/04_vlm.ipynb #3b8e7cfd
 def _read_note(folder):

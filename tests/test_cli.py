@@ -142,3 +142,17 @@ def test_teach_goes_on_where_it_was_stopped(host, tmp_path):
     assert json.loads((tmp_path/'whole/model/graftlab.json').read_text())['taught']['steps'] == 400
     wrong = graftlab(*argv('wrong', tmp_path/'cut'))
     assert wrong.returncode == 2 and 'was cut out of' in wrong.stderr.strip().splitlines()[-1] and not (tmp_path/'wrong').exists(), wrong.stderr
+
+
+def test_settings_add_up():
+    "`--set` given twice is both"
+    for line in ('train 1 out --data d.json', 'teach s h out', 'craft m out --data d.json', 'speak out --data d.json --llm l --tower t', 'plan h --encoder e'):
+        args = cli.make_parser().parse_args([*line.split(), '--set', 'steps=500', '--set', 'lr=1e-3', 'seed=1'])
+        assert args.set == ['steps=500', 'lr=1e-3', 'seed=1'], line
+
+
+def test_a_line_of_json_ends_at_its_newline_only(tmp_path):
+    "U+2028 is a line's end to str.splitlines and a letter to JSON"
+    from graftlab.cli_cut import _conversations
+    (tmp_path/'chats.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='one\u2028two')]), ensure_ascii=False)+'\n\n', encoding='utf-8')
+    assert _conversations(tmp_path/'chats.jsonl', 9, 0) == [[dict(role='user', content='one\u2028two')]]

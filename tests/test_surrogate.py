@@ -316,3 +316,19 @@ def test_a_hub_that_sends_too_little(host, hub, tmp_path):
     Hub.root = tmp_path / "short"
     with pytest.raises(BadCheckpoint, match="is the file complete"): cut_checkpoint(files, tmp_path / "dst", 2, 5, progress=False)
     assert not (tmp_path / "dst").exists() and not leftovers(tmp_path / "dst")
+
+
+def test_training_a_surrogates_shared_layers_leaves_the_host_as_it_was():
+    "What the control T* trains is a copy; what is frozen stays shared"
+    from transformers import LlamaForCausalLM
+    from graftlab.trainable import set_trainable
+    torch.manual_seed(0)
+    host = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1, vocab_size=50))
+    before = {n: p.clone() for n,p in host.named_parameters()}
+    surrogate = build_surrogate(host, 2, 4)
+    set_trainable(surrogate, [n for n,_ in surrogate.named_parameters() if '.layers.0.' in n or '.layers.2.' in n], torch.float32)
+    with torch.no_grad():
+        for p in surrogate.parameters():
+            if p.requires_grad: p.add_(1)
+    assert all(torch.equal(p, before[n]) for n,p in host.named_parameters())
+    assert surrogate.model.layers[1].mlp.up_proj.weight.data_ptr() == host.model.layers[1].mlp.up_proj.weight.data_ptr()

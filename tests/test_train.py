@@ -303,6 +303,42 @@ def test_ranks_that_did_not_find_each_other_are_an_error(monkeypatch):
     with pytest.raises(GraftError, match="2 processes were launched but 1 joined"): make_accelerator("no")
 
 
+CTRL_C = """import os, signal, sys, threading, time, torch
+from torch import nn
+from graftlab.train import fit, stage1
+class Slow(nn.Module):
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(3))
+    def forward(self, batch): time.sleep(.1); return (self.w*batch['x'].sum()).sum()
+def collate(records): return dict(x=torch.tensor(records, dtype=torch.float32), response=torch.zeros(len(records), dtype=torch.long), ids=records)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def stop():
+    while not os.path.exists(sys.argv[1]+'/metrics.jsonl') or not os.path.getsize(sys.argv[1]+'/metrics.jsonl'): time.sleep(.05)
+    os.killpg(0, signal.SIGINT)
+threading.Thread(target=stop).start()
+fit(Slow(), list(range(100)), collate, stage1(steps=200, batch_size=4, precision='no'), sys.argv[1], workers=int(sys.argv[2]), progress=False)"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_to_all_processes_of_a_terminal_saves_and_stops(workers, tmp_path):
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), CUDA_VISIBLE_DEVICES="")
+    said = subprocess.run([sys.executable, "-c", CTRL_C, str(tmp_path/"run"), str(workers)], env=env, capture_output=True, text=True, timeout=300, start_new_session=True).stderr
+    assert "KeyboardInterrupt: stopped after step" in said, said[-2000:]
+    [kept] = (tmp_path/"run"/"checkpoints").glob("step-*.safetensors")
+    assert len((tmp_path/"run"/"metrics.jsonl").read_text().splitlines()) == int(kept.stem.split("-")[1])
+
+
+def test_a_finished_run_is_not_handed_out_for_other_records(tmp_path):
+    model = lambda: torch.nn.Linear(2, 1)
+    class Sum(torch.nn.Module):
+        def __init__(self): super().__init__(); self.inner = model()
+        def forward(self, batch): return self.inner(batch["x"]).sum()
+    collate = lambda records: dict(x=torch.ones(len(records), 2), response=torch.zeros(len(records), dtype=torch.long))    # no ids: nothing to seed noise with, nothing to name
+    short = recipe(steps=None, epochs=1., batch_size=4)
+    assert fit(Sum(), list(range(8)), collate, short, tmp_path/"run", progress=False)["steps"] == 2
+    assert fit(Sum(), list(range(8)), collate, short, tmp_path/"run", progress=False)["steps"] == 2
+    with pytest.raises(GraftError, match="finished run of 2 steps, these 40 records make 10"): fit(Sum(), list(range(40)), collate, short, tmp_path/"run", progress=False)
+
+
 def test_emulated_bf16_is_said():
     "On a processor without bf16 instructions training says that fp32 is faster; with them, and in fp32, it says nothing"
     code = "import sys; from graftlab.train import make_accelerator; make_accelerator(sys.argv[1])"
