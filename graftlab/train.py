@@ -250,6 +250,16 @@ def _loop(acc, model, optimizer, params, passes, out, todo, workers, hide):
                 acc.wait_for_everyone()
                 raise KeyboardInterrupt(f"stopped after step {step+1} of {steps}; start again to go on from there")
 
+# %% ../nbs/06_train.ipynb #2830f6fd
+def _steps(recipe, records): return recipe.steps or math.ceil(recipe.epochs*len(records)/recipe.batch_size)
+
+def _ended(out, params, recipe, records):
+    "What a finished run trained; `GraftError` where these records would make another number of steps (without records: as it is)"
+    had = json.loads((out/'metrics.json').read_text())['steps']
+    if records is not None and had!=_steps(recipe, records):
+        raise GraftError(f"{out} holds a finished run of {had} steps, these {len(records)} records make {_steps(recipe, records)}: use another folder, or remove it")
+    return load_trained(out, params)
+
 # %% ../nbs/06_train.ipynb #0000002e
 def fit(
     model:nn.Module, # Batch to weighted sum of losses, e.g. `StepLoss`; `requires_grad` is set
@@ -266,12 +276,8 @@ def fit(
     model = place(model, acc, recipe, weights)
     params,main = {n: p for n,p in model.named_parameters() if p.requires_grad},acc.is_main_process
     if not params: raise GraftError("nothing to train: no parameter has requires_grad")
-    steps = recipe.steps or math.ceil(recipe.epochs*len(records)/recipe.batch_size)
-    if finished(out, recipe):
-        if (had := json.loads((out/'metrics.json').read_text())['steps'])!=steps:
-            raise GraftError(f"{out} holds a finished run of {had} steps, these {len(records)} records make {steps}: use another folder, or remove it")
-        return load_trained(out, params)
-    optimizer = make_optimizer(params, recipe)
+    if finished(out, recipe): return _ended(out, params, recipe, records)
+    steps,optimizer = _steps(recipe, records),make_optimizer(params, recipe)
     passes = Passes(records, collate, recipe, steps, acc.process_index, acc.num_processes)
     optimizer.zero_grad()                                            # whatever happened before
     done = resume(out, params, optimizer, recipe, writes=main)
