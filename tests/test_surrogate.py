@@ -90,7 +90,7 @@ def test_interrupt_cleans_up(big, tmp_path):
         shutil.rmtree(dst, ignore_errors=True)
         pid = in_child(lambda: cut_checkpoint(big, dst, 2, 5, verify=True, progress=False))
         limit = time.monotonic() + 60
-        while not leftovers(dst) and not dst.exists() and time.monotonic() < limit: time.sleep(.001)
+        while not any(tmp_path.glob(f'.{dst.name}.*/*')) and not dst.exists() and time.monotonic() < limit: time.sleep(.001)  # it has begun to write
         os.kill(pid, signal.SIGINT)
         if status := os.waitpid(pid, 0)[1]: break
     assert status != 0
