@@ -119,6 +119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'graftlab.cli_train._start': ('cli_train.html#_start', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train._trained': ('cli_train.html#_trained', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train._write': ('cli_train.html#_write', 'graftlab/cli_train.py'),
+                                    'graftlab.cli_train.check_start': ('cli_train.html#check_start', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.graft': ('cli_train.html#graft', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.open_vlm': ('cli_train.html#open_vlm', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.train': ('cli_train.html#train', 'graftlab/cli_train.py'),

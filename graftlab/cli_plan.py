@@ -65,12 +65,10 @@ def _planned(args):
     "(model on the meta device, its tokenizer's folder, layers that stage 1 trains) of what `train` would begin with"
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-    import graftlab.pruned_vlm # transformers learns of towers with a codebook
-    from graftlab.cli_train import trained_layers
+    from graftlab.cli_train import check_start, trained_layers
     from graftlab.cost import meta_vlm
-    from graftlab.host import GraftError
     from graftlab.zoo import check_folder, get_llm
-    if not args.model and not (args.llm and args.encoder): raise GraftError('say where to begin: --llm and --encoder, or --model')
+    check_start(args)
     folder = check_folder(args.model) if args.model else get_llm(args.llm)
     info = json.loads((folder/'graftlab.json').read_text()) if (folder/'graftlab.json').exists() else {}
     if not args.model: return meta_vlm(folder, args.encoder, image_size=args.image_size), folder, trained_layers(args, info)

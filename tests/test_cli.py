@@ -156,3 +156,12 @@ def test_a_line_of_json_ends_at_its_newline_only(tmp_path):
     from graftlab.cli_cut import _conversations
     (tmp_path/'chats.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='one\u2028two')]), ensure_ascii=False)+'\n\n', encoding='utf-8')
     assert _conversations(tmp_path/'chats.jsonl', 9, 0) == [[dict(role='user', content='one\u2028two')]]
+
+
+@pytest.mark.parametrize('more', [(), ('--dry-run',)])
+def test_a_model_and_its_parts_are_not_both_a_start(more, host, tmp_path):
+    (tmp_path/'d.json').write_text(json.dumps([dict(id='0', conversations=[{'from': 'human', 'value': 'w1'}, {'from': 'gpt', 'value': 'w2'}])]))
+    done = graftlab('train', 2, tmp_path/'run', '--model', host, '--image-size', 28, '--data', tmp_path/'d.json', *more)
+    assert done.returncode == 2 and 'leave out --llm, --encoder and --image-size' in done.stderr, done.stderr
+    done = graftlab('train', 2, tmp_path/'run', '--llm', host, '--data', tmp_path/'d.json', *more)
+    assert done.returncode == 2 and 'say where to begin' in done.stderr, done.stderr

@@ -328,9 +328,8 @@ def test_ctrl_c_to_all_processes_of_a_terminal_saves_and_stops(workers, tmp_path
 
 
 def test_a_finished_run_is_not_handed_out_for_other_records(tmp_path):
-    model = lambda: torch.nn.Linear(2, 1)
     class Sum(torch.nn.Module):
-        def __init__(self): super().__init__(); self.inner = model()
+        def __init__(self): super().__init__(); self.inner = torch.nn.Linear(2, 1)
         def forward(self, batch): return self.inner(batch["x"]).sum()
     collate = lambda records: dict(x=torch.ones(len(records), 2), response=torch.zeros(len(records), dtype=torch.long))    # no ids: nothing to seed noise with, nothing to name
     short = recipe(steps=None, epochs=1., batch_size=4)
