@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_cuts', 'taught', 'text_records', 'first_stage', 'encoder_training', 'score', 'fresh_vlm', 'references',
-           'surrogate_and_graft', 'full_training', 'demo']
+           'surrogate_and_graft', 'full_training', 'settled', 'demo']
 
 # %% ../nbs/16_demo.ipynb #9eb60442
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from .demo_plan import QUICK, Plan, cuts
+from .demo_plan import QUICK, Plan, affordable_steps, cuts, fastest_precision, planned, product_speeds
 from .demo_run import Run, collect, measured, now
 from .evaluate import evaluate, without_pictures
 from .files import write_json
@@ -104,12 +104,13 @@ def encoder_training(
     title:str, # For the page
     translators:tuple=(), # Translator layers, where the model is on a surrogate
     full:bool=False, # Stage 3: train the decoder too, and no adapter steps before
+    lr_adapter:float=None, # Peak rate of the adapter; None: the plan's, which is for a new one
 ):
     "Stages 1 and 2 (or 3) of one model on the training pictures"
     p,records = run.plan,run.records()
     start = feature_stop(vlm)-p.last_k
     make = lambda stage: KeptPictures.from_processor(processor, stage=stage, system='', independent_turns=True)
-    common = dict(batch_size=p.batch_size, lr=p.lr, lr_adapter=p.lr_adapter, last_k=p.last_k, precision=run.precision, seed=run.seed, checkpoint_every=50)
+    common = dict(batch_size=p.batch_size, lr=p.lr, lr_adapter=lr_adapter or p.lr_adapter, last_k=p.last_k, precision=run.precision, seed=run.seed, checkpoint_every=50)
     kw = dict(start=start, progress=run.progress)
     if not full:
         with run.phase(f'stage1-{name}', f'Stage 1, {title}') as note:
@@ -198,20 +199,37 @@ def full_training(
     score(run, 'full-untrained', 'Stage 3 from nothing', f'{run.plan.full_steps} steps of full training, untrained encoder', 'reference',
           lambda: _train_on('untrained', lambda: fresh_vlm(run, run.load())))
 
+# %% ../nbs/16_demo.ipynb #50befed2
+def settled(
+    out, # Folder of the run
+    quick:bool=False, # The sizes that claim nothing
+    steps:int=None, # Of stage 2; None: as in the folder, or by the machine's speed
+    precision:str=None, # 'bf16' or 'no'; None: as in the folder, or the faster one
+)->tuple: # (plan, precision)
+    "Sizes and precision of a run: as asked, as its folder says, or by measurement"
+    if quick: return QUICK, precision
+    if (kept := Path(out)/'plan.json').exists():
+        old = json.loads(kept.read_text())
+        return planned(old['plan']['steps'] if steps is None else steps), old['precision']
+    speeds = product_speeds()
+    precision = precision or fastest_precision(speeds)
+    return planned(affordable_steps(speeds[precision]) if steps is None else steps), precision
+
 # %% ../nbs/16_demo.ipynb #9b250bd7
 def demo(
     out='runs/demo', # Folder of the run; goes on where it was stopped
     seed:int=0, # Of adapters and order of data
     quick:bool=False, # A few steps of everything, to see that it works; claims nothing
-    plan:Plan=None, # Sizes; None: the full ones, or the quick ones
+    plan:Plan=None, # Sizes; None: the full ones for `steps`, or the quick ones
     precision:str=None, # 'bf16' or 'no' (fp32); None: whichever is faster here
     paper:bool=False, # The paper's stage 1 in place of stage 0, and no noise at the cut
     progress:bool=None, # Show bars; None: where there is a terminal
+    steps:int=None, # Of stage 2, the other stages in proportion; None: 400, or 150 on a slow machine
 )->Path: # The page, report.html
     "Grafting end to end on real weights and pictures (Sections 1 and 2 in small); writes a run folder and its page"
-    plan = plan or (QUICK if quick else Plan())
+    if not plan: plan,precision = settled(out, quick, steps, precision)
     run = Run(out, seed, dataclasses.replace(plan, paper=True) if paper else plan, quick, precision, progress)
-    command = f"graftlab demo{' --quick' if quick else ''}{' --paper' if run.plan.paper else ''} --out {out} --seed {seed}"
+    command = f"graftlab demo{' --quick' if quick else f' --steps {run.plan.steps}'}{' --paper' if run.plan.paper else ''} --out {out} --seed {seed}"
     collect_now = lambda finished=None: (collect(run, command, finished), make_report(run.out))[1]
     where = find_cuts(run)
     for step in (lambda: surrogate_and_graft(run, 'late', where), lambda: references(run), lambda: surrogate_and_graft(run, 'early', where), lambda: full_training(run)):
