@@ -39,6 +39,9 @@ $(VENV)/.ready-site: $(DEV)
 
 setup: $(DEV)  ## make .venv with the pinned packages
 
+# glibc gives large freed tensors back to the system at once; keeping them spares page faults
+demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 demo: $(READY)  ## the main job: find the cut, cut, train, graft, report (DEMO="--quick --seed 1" for options)
 	$(BIN)/graftlab demo $(DEMO)
 	@$(MAKE) --no-print-directory $(DEV) # after the page: what notebooks and tests need

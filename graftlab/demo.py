@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from .demo_plan import QUICK, Plan, affordable_steps, cuts, fastest_precision, planned, product_speeds
+from .demo_plan import PLANS, Plan, affordable, cuts, fastest_precision, product_speeds
 from .demo_run import Run, collect, measured, now
 from .evaluate import evaluate, without_pictures
 from .files import write_json
-from .host import fingerprint
+from .host import GraftError, fingerprint
 from .prompts import chat_batches
 from .records import mix
 from .report import make_report
@@ -202,34 +202,36 @@ def full_training(
 # %% ../nbs/16_demo.ipynb #50befed2
 def settled(
     out, # Folder of the run
-    quick:bool=False, # The sizes that claim nothing
-    steps:int=None, # Of stage 2; None: as in the folder, or by the machine's speed
+    size:str=None, # Of `PLANS`; None: as in the folder, or by the machine's speed
     precision:str=None, # 'bf16' or 'no'; None: as in the folder, or the faster one
-)->tuple: # (plan, precision)
-    "Sizes and precision of a run: as asked, as its folder says, or by measurement"
-    if quick: return QUICK, precision
+)->tuple: # (size, precision)
+    "Size and precision of a run: as asked, as its folder says, or by measurement"
+    if size not in (None, *PLANS): raise GraftError(f"{size!r} is no size of the demonstration: it is one of {', '.join(PLANS)}")
     if (kept := Path(out)/'plan.json').exists():
         old = json.loads(kept.read_text())
-        return planned(old['plan']['steps'] if steps is None else steps), old['precision']
+        return size or next((k for k,p in PLANS.items() if dataclasses.asdict(p)==old['plan']|dict(paper=False)), 'full'), old['precision']
+    if size and precision: return size, precision
     speeds = product_speeds()
     precision = precision or fastest_precision(speeds)
-    return planned(affordable_steps(speeds[precision]) if steps is None else steps), precision
+    return size or affordable(speeds[precision]), precision
 
 # %% ../nbs/16_demo.ipynb #9b250bd7
 def demo(
     out='runs/demo', # Folder of the run; goes on where it was stopped
     seed:int=0, # Of adapters and order of data
     quick:bool=False, # A few steps of everything, to see that it works; claims nothing
-    plan:Plan=None, # Sizes; None: the full ones for `steps`, or the quick ones
+    plan:Plan=None, # Sizes; None: those of `size`
     precision:str=None, # 'bf16' or 'no' (fp32); None: whichever is faster here
     paper:bool=False, # The paper's stage 1 in place of stage 0, and no noise at the cut
     progress:bool=None, # Show bars; None: where there is a terminal
-    steps:int=None, # Of stage 2, the other stages in proportion; None: 400, or 150 on a slow machine
+    size:str=None, # 'full' or 'small'; None: by the speed of the machine
 )->Path: # The page, report.html
     "Grafting end to end on real weights and pictures (Sections 1 and 2 in small); writes a run folder and its page"
-    if not plan: plan,precision = settled(out, quick, steps, precision)
+    if not plan:
+        size,precision = settled(out, 'quick' if quick else size, precision)
+        plan = PLANS[size]
     run = Run(out, seed, dataclasses.replace(plan, paper=True) if paper else plan, quick, precision, progress)
-    command = f"graftlab demo{' --quick' if quick else f' --steps {run.plan.steps}'}{' --paper' if run.plan.paper else ''} --out {out} --seed {seed}"
+    command = f"graftlab demo{' --quick' if quick else f' --size {size}' if size else ''}{' --paper' if run.plan.paper else ''} --out {out} --seed {seed}"
     collect_now = lambda finished=None: (collect(run, command, finished), make_report(run.out))[1]
     where = find_cuts(run)
     for step in (lambda: surrogate_and_graft(run, 'late', where), lambda: references(run), lambda: surrogate_and_graft(run, 'early', where), lambda: full_training(run)):
