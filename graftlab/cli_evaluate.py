@@ -121,7 +121,7 @@ def report(args):
          arg('--out', metavar='DIR', default='runs/demo', help='folder of the run (default: runs/demo)'),
          arg('--seed', type=int, default=0, help='of adapters and of the order of data (default: 0)'),
          arg('--precision', choices=['fp32', 'bf16'], help='to compute in (default: measured, whichever is faster here; it decides the last digits)'),
-         arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than 12 minutes; small teaches shapes and not colours)'),
+         arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than 12 minutes; small at best teaches shapes)'),
          arg('--paper', action='store_true', help="the paper's way: translator and adapter learn together from labels (its stage 1), no stage 0, no noise at the cut"),
          examples='graftlab demo\ngraftlab demo --quick --out runs/quick\ngraftlab demo --seed 1 --out runs/seed1\ngraftlab demo --paper --out runs/paper')
 def demo(args):

@@ -41,7 +41,7 @@ class Plan:
     questions: int = 120              # of each type, for the scores
     last_k: int = 5                   # trained encoder layers
 
-SMALL = Plan(samples=50, texts=300, teach_steps=90, teach_early_steps=22, label_steps=60, batch_size=2, steps=200, early_steps=200, host_steps=25, full_steps=12, pictures=900, questions=45)
+SMALL = Plan(samples=50, texts=300, teach_steps=90, teach_early_steps=22, label_steps=60, batch_size=2, steps=200, early_steps=200, host_steps=25, full_steps=12, pictures=1300, questions=45)
 QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, label_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
 PLANS = dict(full=Plan(), small=SMALL, quick=QUICK)
 
