@@ -104,13 +104,12 @@ def encoder_training(
     title:str, # For the page
     translators:tuple=(), # Translator layers, where the model is on a surrogate
     full:bool=False, # Stage 3: train the decoder too, and no adapter steps before
-    lr_adapter:float=None, # Peak rate of the adapter; None: the plan's, which is for a new one
 ):
     "Stages 1 and 2 (or 3) of one model on the training pictures"
     p,records = run.plan,run.records()
     start = feature_stop(vlm)-p.last_k
     make = lambda stage: KeptPictures.from_processor(processor, stage=stage, system='', independent_turns=True)
-    common = dict(batch_size=p.batch_size, lr=p.lr, lr_adapter=lr_adapter or p.lr_adapter, last_k=p.last_k, precision=run.precision, seed=run.seed, checkpoint_every=50)
+    common = dict(batch_size=p.batch_size, lr=p.lr, lr_adapter=p.lr_adapter, last_k=p.last_k, precision=run.precision, seed=run.seed, checkpoint_every=50)
     kw = dict(start=start, progress=run.progress)
     if not full:
         with run.phase(f'stage1-{name}', f'Stage 1, {title}') as note:
