@@ -53,18 +53,13 @@ def changed(
     make, # Function that makes a recipe of its fields, e.g. `craft_recipe`
     settings, # KEY=VALUE texts
 ): # The recipe with these changes
-    "A recipe with fields set on the command line"
-    import dataclasses, json
+    "A recipe with fields set on the command line; `GraftError` for other fields or types, and where the model is to be spread"
     from graftlab.host import GraftError
-    fields,changes = {f.name for f in dataclasses.fields(make())}-{'stage'},{}
-    for setting in settings:
-        key,_,value = setting.partition('=')
-        if key not in fields or not value: raise GraftError(f"--set {setting}: expected KEY=VALUE with KEY one of {', '.join(sorted(fields))}")
-        try: changes[key] = json.loads(value)
-        except ValueError: changes[key] = value
-    if changes.get('shard') is not None and int(os.environ.get('WORLD_SIZE') or 1)>1:
+    from graftlab.recipe import read_recipe
+    recipe = read_recipe(None, make, settings)
+    if recipe.shard is not None and int(os.environ.get('WORLD_SIZE') or 1)>1:
         raise GraftError('shard: models that speak a codebook are trained with a copy on each process; leave shard out')
-    return make(**changes)
+    return recipe
 
 # %% ../nbs/14e_cli_craft.ipynb #2e37ab47
 def open_speaker(

@@ -36,14 +36,9 @@ def teach_recipe(
 ): # `Recipe` of stage 0
     "Stage 0's recipe from a TOML file, KEY=VALUE changes and a number of steps"
     from graftlab.host import GraftError
-    from graftlab.recipe import _checked, _from_toml, _spoken
+    from graftlab.recipe import read_recipe
     from graftlab.teach import stage0
-    own = _from_toml(args.config, 0) if args.config else {}
-    for change in args.set:
-        key,_,value = change.partition('=')
-        if not value: raise GraftError(f"--set {change}: expected KEY=VALUE")
-        own[key] = _checked(key, _spoken(value), f'--set {change}')
-    recipe = stage0(**own | (dict(steps=args.steps) if args.steps is not None else {}))
+    recipe = read_recipe(args.config, stage0, [*args.set, *([] if args.steps is None else [f'steps={args.steps}'])])
     if recipe.steps is not None and recipe.steps<1: raise GraftError(f'steps = {recipe.steps}: at least one is needed')
     if recipe.shard is not None or int(os.environ.get('WORLD_SIZE') or 1)>1: raise GraftError('stage 0 runs in one process: it reads the host once and trains a layer or two')
     return recipe

@@ -233,7 +233,7 @@ def stage_cost(
     memory = held_bytes(vlm, gpus, share, 2 if recipe.precision=='bf16' else 4)
     memory['activations'] = activation_bytes(vlm, recipe, min(rows, recipe.micro_batch or rows), round(records.text), round(records.answer),
                                              len(translators) if recipe.stage==1 else 0, share>1)
-    steps = recipe.steps or math.ceil(recipe.epochs*records.number/recipe.batch_size)
+    steps = recipe.optimiser_steps(records.number)
     count = lambda ps: sum(p.numel() for p in ps)
     return StageCost(recipe.stage, model, count(vlm.parameters()), count(p for p in vlm.parameters() if p.requires_grad), memory, steps,
                      *step_flops(vlm, records, recipe.batch_size, recipe.activation_checkpointing), math.nan, False)

@@ -9,9 +9,12 @@ __all__ = ['Recipe', 'stage1', 'stage2', 'stage3', 'read_recipe', 'schedule']
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
+
+from fastcore.basics import patch
 
 from .host import GraftError
 
@@ -43,6 +46,14 @@ class Recipe:
     shard: str | int = None           # None: DDP. 'full': one copy over all ranks (FSDP2). A number of ranks to a copy: HSDP (Section A.4: 16)
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 
+# %% ../nbs/06a_recipe.ipynb #00000108
+@patch
+def optimiser_steps(self:Recipe,
+    records:int, # Number of records
+)->int: # `steps`, or as many as `epochs` of the records take
+    "Optimiser steps of a run on so many records"
+    return self.steps or math.ceil(self.epochs*records/self.batch_size)
+
 # %% ../nbs/06a_recipe.ipynb #00000009
 def stage1(**kw) -> Recipe: # any field of `Recipe` can be overridden
     "Adapter and translator, simultaneously (Table A.4, stage 1)"
@@ -57,9 +68,9 @@ def stage3(**kw) -> Recipe: # any field of `Recipe` can be overridden
     return Recipe(**{**dict(stage=3, lr=5e-5, batch_size=128), **kw})
 
 # %% ../nbs/06a_recipe.ipynb #0000000c
-def _checked(key, value, where):
-    "A value for a field of `Recipe`; `GraftError` where field or type is wrong"
-    known = {f.name: f for f in fields(Recipe) if f.name!='stage'}
+def _checked(key, value, where, kind=Recipe):
+    "A value for a field of a recipe; `GraftError` where field or type is wrong"
+    known = {f.name: f for f in fields(kind) if f.name!='stage'}
     if key not in known: raise GraftError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(sorted(known))}")
     want = get_args(known[key].type) or (known[key].type,)
     if value in (None, 'null') and (known[key].default is None or key=='last_k'): return None
@@ -89,16 +100,17 @@ def _spoken(text):
 # %% ../nbs/06a_recipe.ipynb #0294efd1
 def read_recipe(
     path, # TOML file; None: the stage's defaults, the paper's but for `cut_noise` in stage 2
-    stage:int, # 1, 2 or 3
+    stage:int|Callable, # 1, 2, 3, or a function that makes a recipe of its fields
     changes:list=(), # KEY=VALUE strings that count last; VALUE as in JSON, or a bare word
 )->Recipe: # The recipe of that stage
     "Recipe of a stage from a TOML file and KEY=VALUE changes, over Table A.4's values"
-    own = _from_toml(path, stage) if path else {}
+    make = {1: stage1, 2: stage2, 3: stage3}.get(stage, stage)
+    own = _from_toml(path, make().stage) if path else {}
     for change in changes:
         key,_,value = change.partition('=')
         if not value: raise GraftError(f"--set {change}: expected KEY=VALUE")
-        own[key] = _checked(key, _spoken(value), f'--set {change}')
-    return {1: stage1, 2: stage2, 3: stage3}[stage](**own)
+        own[key] = _checked(key, _spoken(value), f'--set {change}', type(make()))
+    return make(**own)
 
 # %% ../nbs/06a_recipe.ipynb #0000000f
 def schedule(

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .attention import attention, attention_for
 from .cut_noise import CutNoise, noise_before, noisy, row_draws, row_noise
-from .checkpoint import finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
+from .checkpoint import data_id, finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
 from .data import block_mask
 from .host import GraftError, Host
 from .loss import step_factors, token_loss
@@ -250,16 +250,6 @@ def _loop(acc, model, optimizer, params, passes, out, todo, workers, hide):
                 acc.wait_for_everyone()
                 raise KeyboardInterrupt(f"stopped after step {step+1} of {steps}; start again to go on from there")
 
-# %% ../nbs/06_train.ipynb #2830f6fd
-def _steps(recipe, records): return recipe.steps or math.ceil(recipe.epochs*len(records)/recipe.batch_size)
-
-def _ended(out, params, recipe, records):
-    "What a finished run trained; `GraftError` where these records would make another number of steps (without records: as it is)"
-    had = json.loads((out/'metrics.json').read_text())['steps']
-    if records is not None and had!=_steps(recipe, records):
-        raise GraftError(f"{out} holds a finished run of {had} steps, these {len(records)} records make {_steps(recipe, records)}: use another folder, or remove it")
-    return load_trained(out, params)
-
 # %% ../nbs/06_train.ipynb #0000002e
 def fit(
     model:nn.Module, # Batch to weighted sum of losses, e.g. `StepLoss`; `requires_grad` is set
@@ -276,18 +266,19 @@ def fit(
     model = place(model, acc, recipe, weights)
     params,main = {n: p for n,p in model.named_parameters() if p.requires_grad},acc.is_main_process
     if not params: raise GraftError("nothing to train: no parameter has requires_grad")
-    if finished(out, recipe): return _ended(out, params, recipe, records)
-    steps,optimizer = _steps(recipe, records),make_optimizer(params, recipe)
+    data = None if records is None else data_id(records, draw(len(records), 0, recipe.batch_size, recipe.seed))
+    if finished(out, recipe, data): return load_trained(out, params)
+    steps,optimizer = recipe.optimiser_steps(len(records)),make_optimizer(params, recipe)
     passes = Passes(records, collate, recipe, steps, acc.process_index, acc.num_processes)
     optimizer.zero_grad()                                            # whatever happened before
-    done = resume(out, params, optimizer, recipe, writes=main)
+    done = resume(out, params, optimizer, recipe, data, writes=main)
     acc.wait_for_everyone()
     wrapped = wrap(model.train(), acc, recipe)
     peak_memory(reset=True)
     with attention(model, recipe.attention or attention_for(acc.device)):
         _loop(acc, wrapped, optimizer, params, passes, out, range(done, steps), workers, (None if progress is None else not progress) if main else True)
     model.eval()
-    finish(out, params, recipe, steps, peak_memory(), writes=main)
+    finish(out, params, recipe, steps, peak_memory(), data, writes=main)
     acc.wait_for_everyone()
     return json.loads((out/'metrics.json').read_text())
 

@@ -36,6 +36,7 @@ def _add_image_token(tokenizer, decoder):
     if idx>=rows:
         decoder.resize_token_embeddings(idx+1, pad_to_multiple_of=64, mean_resizing=False)
         for table in (decoder.get_input_embeddings(), decoder.get_output_embeddings()): table.weight.data[rows:] = 0
+        decoder.own_rows = getattr(decoder, 'own_rows', rows)
     return idx
 
 # %% ../nbs/04_vlm.ipynb #00000015
@@ -120,6 +121,7 @@ def build_vlm(
     if isinstance(decoder, (str, Path)): decoder = AutoModelForCausalLM.from_pretrained(decoder, dtype=dtype, use_safetensors=True)
     source = encoder if isinstance(encoder, (str, Path)) else encoder.name_or_path
     tower = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True) if isinstance(encoder, (str, Path)) else encoder
+    if isinstance(encoder, (str, Path)) and decoder.device.type!='meta': tower.to(decoder.device)
     tower = getattr(tower, 'vision_model', tower)                    # CLIP and SigLIP folders may hold a text tower too
     if image_size and image_size!=tower.config.image_size: resize_tower(tower, image_size)
     image_id = _add_image_token(tokenizer, decoder)
@@ -197,7 +199,9 @@ def host_fingerprint(
     if isinstance(source, (str, Path)) and note.exists():
         info = json.loads(note.read_text())
         if 'fingerprint' in info: return info['fingerprint']
-    return fingerprint(get_llm(source) if isinstance(source, str) else source)
+    if not hasattr(source, 'own_rows'): return fingerprint(get_llm(source) if isinstance(source, str) else source)
+    table = source.get_input_embeddings().weight
+    return fingerprint({n: v[:source.own_rows] if v.data_ptr()==table.data_ptr() else v for n,v in source.state_dict().items()})
 
 # %% ../nbs/04_vlm.ipynb #3b8e7cfd
 def _read_note(folder):
@@ -217,22 +221,24 @@ def _check_host(folder, note, host):
 # %% ../nbs/04_vlm.ipynb #00000038
 def graft(
     folder, # Graft folder
-    host, # Host (or surrogate): folder, hub id, or loaded causal LM, which is then shared
+    host, # Host (or surrogate): folder, hub id, or loaded causal LM, which is then shared, and stays as it is
     check:bool=True, # Compare fingerprints
-    dtype:torch.dtype=torch.float32, # Dtype to load with
+    dtype:torch.dtype=None, # Dtype of what is loaded here; None: that of a loaded host, else fp32
     tokenizer=None, # Tokenizer of the host; None: from its folder
 ): # (model, processor), ready to answer
     "Plug a graft into a host, untrained (zero-shot grafting); `HostMismatch` when it was made for another host"
     folder = Path(folder)
     note = _read_note(folder)
     if check: _check_host(folder, note, host)
-    config = LlavaConfig.from_pretrained(folder)
-    tower = AutoModel.from_config(config.vision_config).to(dtype)
+    config,loaded = LlavaConfig.from_pretrained(folder),not isinstance(host, (str, Path))
+    dtype = dtype or (host.dtype if loaded else torch.float32)
+    tower = AutoModel.from_config(config.vision_config).to(host.device if loaded else 'cpu', dtype)
     vlm,processor = build_vlm(host, tower, tokenizer, feature_layer=config.vision_feature_layer, dtype=dtype,
                               processor=AutoImageProcessor.from_pretrained(folder, backend='pil'))
     with safe_open(folder/'model.safetensors', 'pt') as f:
         state = {GRAFT_PARTS[n.split('.')[0]+'.']+n.split('.', 1)[1]: f.get_tensor(n).to(dtype) for n in f.keys()}
     wrong = [n for n,v in state.items() if vlm.state_dict()[n].shape!=v.shape]
     if wrong: raise HostMismatch(f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)} in the graft; this host wants {tuple(vlm.state_dict()[wrong[0]].shape)}")
+    vlm.model.multi_modal_projector.to(dtype)
     vlm.load_state_dict(state, strict=False)
-    return vlm.to(dtype), processor
+    return vlm, processor

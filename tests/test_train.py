@@ -279,6 +279,16 @@ def test_another_recipe_is_refused_and_the_folder_left_alone(stopped):
     assert state() == before
 
 
+def test_other_data_are_refused_and_the_folder_left_alone(stopped):
+    out, records = stopped
+    def state(): return {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    before = state()
+    fewer, others = records[:-1], [r | dict(conversations=[m | dict(value=m["value"]+"!") for m in r["conversations"]]) for r in records]
+    for data in fewer, others:
+        with pytest.raises(GraftError, match=f"on other data, {len(records)} records then and {len(data)} now .*recipe.json"): run(data, out, recipe(batch_size=2))
+    assert state() == before
+
+
 def test_a_finished_run_is_loaded_and_only_into_what_it_trained(ranks, alone):
     out = alone[None][2]
     vlm, collate = make_vlm()
@@ -335,7 +345,7 @@ def test_a_finished_run_is_not_handed_out_for_other_records(tmp_path):
     short = recipe(steps=None, epochs=1., batch_size=4)
     assert fit(Sum(), list(range(8)), collate, short, tmp_path/"run", progress=False)["steps"] == 2
     assert fit(Sum(), list(range(8)), collate, short, tmp_path/"run", progress=False)["steps"] == 2
-    with pytest.raises(GraftError, match="finished run of 2 steps, these 40 records make 10"): fit(Sum(), list(range(40)), collate, short, tmp_path/"run", progress=False)
+    with pytest.raises(GraftError, match="finished run on other data, 8 records then and 40 now"): fit(Sum(), list(range(40)), collate, short, tmp_path/"run", progress=False)
 
 
 def test_emulated_bf16_is_said():

@@ -1,0 +1,66 @@
+"""Stage 0: a host of any family teaches its translator, nothing else of the surrogate or the host changes, and what was kept is the host's"""
+import json
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config, StableLmConfig
+from graftlab.host import GraftError
+from graftlab.surrogate import build_surrogate
+from graftlab.teach import TeachLoss, collate_kept, keep_states, stage0, teach
+
+SIZE = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2)
+CONFIGS = dict(llama=LlamaConfig(**SIZE), qwen3=Qwen3Config(**SIZE, head_dim=8), phi3=Phi3Config(**SIZE), olmo2=Olmo2Config(**SIZE),
+    gemma3=Gemma3TextConfig(**SIZE, head_dim=8, query_pre_attn_scalar=8, layer_types=['sliding_attention', 'full_attention']*3, sliding_window=4),
+    stablelm=StableLmConfig(**SIZE), cohere=CohereConfig(**SIZE, logit_scale=.5)) # the last two: LayerNorm
+CUT = 2, 4
+
+
+@pytest.fixture(params=CONFIGS)
+def host(request):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    for p in model.parameters(): p.data.normal_(0, .3) if p.ndim > 1 else p.data.add_(.1*torch.randn_like(p))
+    return model
+
+
+def texts(n=24):
+    gen = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 101, (5+i % 7,), generator=gen).tolist() for i in range(n)]
+
+
+def kl(host, surrogate):
+    "KL(host || surrogate) in nats a token over all texts, from the two models' own logits, one text at a time, in float64"
+    total = count = 0
+    for ids in texts():
+        p, q = (m(torch.tensor([ids])).logits[0].double().log_softmax(-1) for m in (host, surrogate))
+        total, count = total+(p.exp()*(p-q)).sum().item(), count+len(ids)
+    return total/count
+
+
+def test_the_translator_learns_and_nothing_else_changes(host, tmp_path):
+    before = {n: p.clone() for n, p in host.named_parameters()}
+    surrogate = build_surrogate(host, *CUT)
+    kept = keep_states(host, texts(), CUT[:1], tmp_path/'states', batch_size=5, per_file=10, progress=False)
+    with torch.no_grad():
+        start = kl(host, surrogate)
+        loss = TeachLoss(surrogate, CUT[0], positions=0)
+        asked = sum(loss(collate_kept([kept[i]], CUT[0])).item() for i in range(len(kept)))/sum(map(len, texts()))
+    assert asked == pytest.approx(start, rel=.02) # from states kept in bf16
+    own = {n: p.clone() for n, p in surrogate.named_parameters()}
+    done = teach(surrogate, kept, stage0(steps=60, batch_size=8, lr=5e-3, precision='no'), tmp_path/'run', CUT[:1], progress=False)
+    with torch.no_grad(): end = kl(host, surrogate)
+    assert end < .8*start and done['steps'] == 60
+    for n, p in host.named_parameters(): assert torch.equal(p, before[n]), n
+    for n, p in surrogate.named_parameters(): assert torch.equal(p, own[n]) == (f'layers.{CUT[0]}.' not in n), n
+
+
+def test_a_run_on_other_texts_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS['llama']).eval()
+    recipe = stage0(steps=2, batch_size=8, precision='no')
+    for name, some in dict(a=texts(), b=texts()[::-1], c=texts(23)).items(): keep_states(model, some, CUT[:1], tmp_path/name, progress=False)
+    again = lambda name: teach(build_surrogate(model, *CUT), keep_states(model, [], CUT[:1], tmp_path/name), recipe, tmp_path/'run', CUT[:1], progress=False)
+    first = again('a')
+    assert again('a') == first == json.loads((tmp_path/'run'/'metrics.json').read_text())
+    with pytest.raises(GraftError, match='finished run on other data, 24 records then and 24 now'): again('b')
+    with pytest.raises(GraftError, match='finished run on other data, 24 records then and 23 now'): again('c')
