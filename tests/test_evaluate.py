@@ -22,6 +22,7 @@ from graftlab.evaluate import EvaluationError, compare, evaluate, generate_answe
 from graftlab.chat import Chat
 from graftlab.harness import decoder_of
 from graftlab.host import GraftError, fingerprint
+from graftlab.lmms import lmms_results
 from graftlab.scores import (MME, WORD_PROMPT, average_score, binary_prompts, exact_match, mme_scores, normalize_answer, paired_difference, score_table, wilson, yes_no,
                              yes_no_scores)
 from graftlab.vlm import graft, save_graft, save_vlm
@@ -206,6 +207,17 @@ def test_prompts_are_those_of_lmms_eval(text, own):
     ours = binary_prompts([question | {'candidates': []}], WORD_PROMPT)[0]
     assert ours['question']==MME_UTILS.mme_doc_to_text(question, kw) and ours['candidates']==['yes', 'no']
     if not own: assert ours['question']==POPE_UTILS.pope_doc_to_text(question, kw)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs'])) | st.sampled_from(['a\u2028b', '\x85', 'a\rb\n', '']), max_size=6))
+def test_answers_in_the_results_of_lmms_eval_are_read_as_they_were_written(tmp_path, said):
+    "Whatever a model says, line ends of all kinds among it; newest results first"
+    for stamp,lines in (('20260101_000000', ['old']), ('20260102_000000', said)):
+        (tmp_path/f'{stamp}_results.json').write_text(json.dumps(dict(results=dict(task=dict(alias='task', accuracy=.5)))))
+        with open(tmp_path/f'{stamp}_samples_task.jsonl', 'w', encoding='utf-8', newline='\n') as f:
+            for i,text in reversed(list(enumerate(lines))): f.write(json.dumps(dict(doc_id=i, filtered_resps=[text]), ensure_ascii=False)+'\n')
+    assert lmms_results(tmp_path)==(dict(task=dict(accuracy=.5)), dict(task=list(enumerate(said))))
 
 
 def test_mme_records_that_cannot_be_scored_are_named():
