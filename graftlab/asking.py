@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .chat import Chat, Kind, block_mask, pack
+from .host import attention_masks
 from .images import open_images, square
 from .scores import EvaluationError, normalize_answer
 from .vlm import image_features
@@ -109,10 +110,11 @@ def score_rows(
     "Log-likelihood of every candidate of a batch in one forward pass"
     pad = lambda key, value: nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=value).to(model.device)
     x,block = embed_rows(model, pad('input_ids', 0), features),pad('block', -1)
-    mask = torch.zeros((), dtype=x.dtype, device=x.device).where(block_mask(block), torch.finfo(x.dtype).min)
+    positions = pad('position_ids', 0)
+    mask = attention_masks(model.config.get_text_config(decoder=True), block_mask(block), positions, x.dtype)
     source = torch.cat([b*block.shape[1]+r['source'] for b,r in enumerate(rows)]).to(x.device)
     need = torch.zeros_like(block, dtype=torch.bool).flatten().index_fill(0, source, True)
-    logits = model(inputs_embeds=x, attention_mask=mask, position_ids=pad('position_ids', 0), use_cache=False,
+    logits = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
                    logits_to_keep=need.view_as(block)).logits.float()                               # (positions needed, V)
     at,target = (need.cumsum(0)-1)[source],torch.cat([r['target'] for r in rows]).to(x.device)
     logp = (logits[at, target]-logits.logsumexp(-1)[at]).cpu().split([len(r['target']) for r in rows])
@@ -147,7 +149,7 @@ def check_questions(
         seen.add(q['id'])
         if not ranked: continue
         forms = [normalize_answer(c) for c in q.get('candidates') or []]
-        if len(set(forms))<max(1, len(forms)): raise EvaluationError(f"question {q['id']!r} needs different candidates, got {q['candidates']}")
+        if len(set(forms))<max(1, len(forms)): raise EvaluationError(f"question {q['id']!r} needs different candidates, got {q.get('candidates')}")
         if forms.count(normalize_answer(q['answer']))!=1:
             raise EvaluationError(f"question {q['id']!r}: its answer {q['answer']!r} is not among its candidates {q['candidates']}")
 

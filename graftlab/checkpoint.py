@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'LAYOUT', 'tensor_header', 'write_tensors', 'save_checkpoint
 # %% ../nbs/06c_checkpoint.ipynb #00000002
 import hashlib
 import json
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -177,7 +178,7 @@ def finish(
     lines = [json.loads(l) for l in (out/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     last = lines[-max(1, len(lines)//20):]
     metrics = dict(stage=recipe.stage, steps=steps, loss=sum(l['loss'] for l in last)/len(last), tokens=sum(l['tokens'] for l in lines),
-                   seconds=round(sum(l['seconds'] for l in lines), 2), peak_memory_mb=round(peak_memory_mb, 1) if peak_memory_mb else None,
+                   seconds=round(sum(l['seconds'] for l in lines), 2), peak_memory_mb=round(peak_memory_mb, 1) if peak_memory_mb and not math.isnan(peak_memory_mb) else None,
                    trainable=sum(p.numel() for p in params.values()), recipe=asdict(recipe), data=data)
     write_json(out/'metrics.json', metrics)
     for f in (out/'checkpoints').glob('*'): f.unlink()

@@ -116,7 +116,7 @@ def trajectory(args):
 # %% ../nbs/14b_cli_cut.ipynb #00000012
 def _spans(text):
     "'16:26' or '4:9,16:26' as [(16, 26)] and so on"
-    try: return [tuple(int(n) for n in part.split(':', 1)) for part in text.split(',')]
+    try: return [(int(a), int(b)) for a,b in (part.split(':') for part in text.split(','))]
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected START:END, several with commas between") from None
 
 @command(arg('src', metavar='SRC', help='the host: zoo name, checkpoint folder or hub id (only kept layers are downloaded)'),

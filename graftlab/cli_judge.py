@@ -71,6 +71,7 @@ def _report(args, result, total):
 def judge(args):
     "Have a strong model grade answers with reasons (CRAFT, Section 4.3)"
     from graftlab.judge import Endpoint, JudgeError, estimate_cost, judge as ask, judge_samples
+    if args.max_cost is not None and not any(args.prices): raise JudgeError('--max-cost needs --prices IN OUT: without them every estimate is 0')
     questions,said = read_questions(args.questions, args.images),read_responses(args.responses)
     samples = judge_samples(questions, {q['id']: said[str(q['id'])] for q in questions if str(q['id']) in said}, args.samples, args.seed)
     endpoint = Endpoint(args.base_url, args.model, args.key_env, args.api)

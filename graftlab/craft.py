@@ -183,10 +183,13 @@ class CraftStep(nn.Module):
             self._parts[name] = self._parts.get(name, 0)+x.item()/n
         return tokens*craft_loss(terms, tokens, r.batch_size, r.lambda_con, r.lambda_commit, r.lambda_sal)
 
-    def take_parts(self)->dict: # `sal`, `commit`, `con` of this rank's passes, unweighted, and the `temperature`
+    def take_parts(self,
+        total=lambda x: x, # Sum over ranks
+    )->dict: # `sal`, `commit`, `con`, unweighted, and the `temperature`
         "What the losses were since the last call, for metrics.jsonl"
-        parts,self._parts = self._parts | dict(temperature=whole(self.head.log_temperature).exp().item()),{}
-        return parts
+        device = self.head.log_temperature.device
+        parts,self._parts = {k: float(total(torch.tensor(v, device=device))) for k,v in self._parts.items()},{}
+        return parts | dict(temperature=whole(self.head.log_temperature).exp().item())
 
 # %% ../nbs/10_craft.ipynb #00000029
 def train_craft(

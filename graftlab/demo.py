@@ -175,7 +175,7 @@ def surrogate_and_graft(
         return vlm, processor
     def _plugged():
         if not (run.out/f'graft-{name}').exists(): _on_surrogate()
-        model,processor = graft(run.out/f'graft-{name}', run.llm, dtype=run.dtype)
+        model,processor = graft(run.out/f'graft-{name}', run.load())
         if late: save_vlm(model, processor, run.out/'grafted', dtype=run.dtype)
         return model, processor
     group,cut = 'method' if late else 'control',f'T{where[name]}'
@@ -194,7 +194,7 @@ def full_training(
         (run.out/f'stage3-{name}'/'metrics.json').rename(run.out/f'stage3-{name}'/'summary.json')
         return vlm, processor
     score(run, 'full-grafted', 'Stage 3 from the graft', f'{run.plan.full_steps} steps of full training, encoder from the surrogate', 'method',
-          lambda: _train_on('grafted', lambda: graft(run.out/'graft-late', run.llm, dtype=run.dtype)))
+          lambda: _train_on('grafted', lambda: graft(run.out/'graft-late', run.load())))
     score(run, 'full-untrained', 'Stage 3 from nothing', f'{run.plan.full_steps} steps of full training, untrained encoder', 'reference',
           lambda: _train_on('untrained', lambda: fresh_vlm(run, run.load())))
 
@@ -208,6 +208,7 @@ def settled(
     if size not in (None, *PLANS): raise GraftError(f"{size!r} is no size of the demonstration: it is one of {', '.join(PLANS)}")
     if (kept := Path(out)/'plan.json').exists():
         old = json.loads(kept.read_text())
+        if precision not in (None, old['precision']): raise GraftError(f"{out} was begun with precision {old['precision']}, not {precision}: use another --out")
         return size or next((k for k,p in PLANS.items() if dataclasses.asdict(p)==old['plan']|dict(paper=False)), 'full'), old['precision']
     if size and precision: return size, precision
     speeds = product_speeds()

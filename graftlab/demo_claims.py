@@ -37,7 +37,7 @@ def claims(
                  verdict='shown' if width<=4 else 'undecided', evidence=f"layer {transition['layer']}, 95 % interval {transition['low']} to {transition['high']}"),
             _against('An encoder trained on the surrogate works in the untouched host (zero-shot grafting)', 'Grafting, Table 2', 'graft', 'prior', 'random'),
             _against('The graft does better in the host than in the surrogate that it was trained on', 'Grafting, abstract and Table 2', 'graft', 'surrogate'),
-            _against('Cutting early layers instead of late ones destroys grafting', 'Grafting, Table 2, T(1, 11)', 'graft', 'early-graft'),
+            _against('Cutting early layers instead of late ones makes a worse graft', 'Grafting, Table 2, T(1, 11)', 'graft', 'early-graft'),
             _against('Full training converges faster from the surrogate-trained encoder', 'Grafting, Table 8', 'full-grafted', 'full-untrained')]
 
 # %% ../nbs/16c_demo_claims.ipynb #0f17f3e5

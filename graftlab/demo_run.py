@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'now', 'Run', 'measured', 'collect']
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -61,8 +62,9 @@ class Run:
 # %% ../nbs/16d_demo_run.ipynb #7d6e6047
 @patch
 def load(self:Run):
-    "The host, from its own files"
-    return AutoModelForCausalLM.from_pretrained(self.llm, dtype=self.dtype, use_safetensors=True).eval()
+    "The host, from its own files, on the GPU where there is one"
+    host = AutoModelForCausalLM.from_pretrained(self.llm, dtype=self.dtype, use_safetensors=True).eval()
+    return host.to('cuda' if torch.cuda.is_available() else 'cpu')
 
 @patch
 def tokenizer(self:Run):
@@ -105,7 +107,7 @@ def phase(self:Run,
     began,note = time.perf_counter(),dict(name=name, title=title, folder=name, steps=None, tokens=None, trainable=None)
     yield note
     note.setdefault('seconds', round(time.perf_counter()-began, 1))
-    note.setdefault('peak_memory_mb', round(peak_memory()))
+    note.setdefault('peak_memory_mb', None if math.isnan(peak := peak_memory()) else round(peak))
     path = self.out/'phases'/f'{name}.json'
     if not path.exists(): write_json(path, note)
 

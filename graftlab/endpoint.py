@@ -120,7 +120,7 @@ async def _post(client, endpoint, key, body, timeout):
         try: return r.json(),None,0.
         except ValueError: return None,f'a reply that is not JSON: {r.text[:80]!r}',0.
     reason = f'HTTP {r.status_code}: {r.text[:200]}'
-    if r.status_code in (401, 403, 404): raise EndpointError(f"{endpoint.base_url}: {reason}. Check address, model and {endpoint.key_env}")
+    if r.status_code in (401, 403, 404): raise EndpointError(f"{endpoint.base_url}: {reason}. Check address, model and {endpoint.key_env or 'whether a key is needed (--key-env)'}")
     if r.status_code<500 and r.status_code not in (408, 409, 425, 429): raise NoReply(reason)
     return None,reason,retry_after(r.headers.get('retry-after'))
 

@@ -88,6 +88,7 @@ def harness_model(
 ): # `HFLM` of lm-eval
     "A model as lm-eval's own `hf` model class"
     from lm_eval.models.huggingface import HFLM
+    import graftlab.pruned_vlm                                       # makes towers with a codebook known to transformers
     device = hf.pop('device', None) or ('cuda' if torch.cuda.is_available() else 'cpu')
     if isinstance(model, (str, Path)):
         if not isinstance(AutoConfig.from_pretrained(model), LlavaConfig): return HFLM(pretrained=str(model), use_safetensors=True, batch_size=batch_size, device=device, **hf)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'CAPS', 'LISTS', 'INDEX_SETS', 'FIRST', 'PATTERNS', 'SHARED', 'GraftError', 'HostMismatch',
            'UnsupportedConfig', 'BadCheckpoint', 'logit_scale', 'logit_cap', 'find_decoder', 'Host', 'renumber',
-           'layer_fields', 'layer_of', 'rename_layer', 'text_name', 'open_shard', 'tensor_files', 'fingerprint']
+           'attention_masks', 'layer_fields', 'layer_of', 'rename_layer', 'text_name', 'open_shard', 'tensor_files',
+           'fingerprint', 'checkpoint_hash']
 
 # %% ../nbs/00_host.ipynb #33fb4474
 import hashlib, json, re
@@ -136,6 +137,21 @@ def renumber(
     for i,layer in enumerate(layers):
         for m in layer.modules():
             if hasattr(m, 'layer_idx'): m.layer_idx = i
+
+# %% ../nbs/00_host.ipynb #5f1d0a02
+def attention_masks(
+    config, # Text config of a decoder
+    allowed:Tensor, # Bool (B, 1, N, N): True where a token (third axis) may attend to a token (fourth), were there no window
+    position_ids:Tensor, # Positions of the tokens (B, N)
+    dtype:torch.dtype, # Of the hidden states
+)->Tensor|dict: # (B, 1, N, N): 0 where allowed, the dtype's lowest number elsewhere; by kind of layer where the family has two
+    "Masks to hand to a decoder in place of its own, with the sliding windows of its family"
+    additive = lambda ok: torch.zeros(ok.shape, dtype=dtype, device=ok.device).masked_fill(~ok, torch.finfo(dtype).min)
+    window = getattr(config, 'sliding_window', None)
+    if not window: return additive(allowed)
+    near = allowed & ((position_ids[:,:,None]-position_ids[:,None,:])<window)[:,None]
+    if not getattr(config, 'layer_types', None): return additive(near)
+    return dict(full_attention=additive(allowed), sliding_attention=additive(near))
 
 # %% ../nbs/00_host.ipynb #61f1657d
 LISTS = ('layer_types', 'mlp_layer_types', 'no_rope_layers', 'layers_block_type', 'block_types', 'num_attention_heads_per_layer',
@@ -279,3 +295,15 @@ def fingerprint(
     shards = {f:open_shard(f) for f in set(files.values())}
     try: return _digest(files, lambda n: shards[files[n]].get_slice(n))
     except SafetensorError as e: raise BadCheckpoint(f"{source}: a shard lacks what the index promises, or is damaged ({e}); fetch it again") from e
+
+# %% ../nbs/00_host.ipynb #7c0de002
+def checkpoint_hash(
+    folder:str|Path, # Checkpoint folder
+)->str: # 32 hexadecimal digits
+    "Hash of a few rows of every tensor of a checkpoint, whatever it is a model of"
+    files,h = tensor_files(folder),hashlib.sha256()
+    shards = {f:open_shard(f) for f in set(files.values())}
+    for name in sorted(files):
+        part = _part(lambda n: shards[files[n]].get_slice(n), name).contiguous()
+        h.update(f'{name} {part.dtype} {tuple(part.shape)} '.encode()); h.update(part.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:32]

@@ -54,7 +54,7 @@ def _check(image, max_pixels):
     w,h = image.size
     if w*h>max_pixels: raise BadImage(f"{w}x{h} pixels are more than {max_pixels:,}: make it smaller, or raise max_pixels")
     if min(w, h)<2: raise BadImage(f"{w}x{h} pixels show nothing: two a side are the least")
-    if getattr(image, 'n_frames', 1)>1: raise BadImage(f"{image.n_frames} frames: save the one that is meant")
+    if image.format!='MPO' and getattr(image, 'n_frames', 1)>1: raise BadImage(f"{image.n_frames} frames: save the one that is meant")
 
 # %% ../nbs/03b_images.ipynb #efc5061f
 def open_image(

@@ -73,12 +73,13 @@ class Answers:
     ):
         super().__init__()
         from accelerate import Accelerator
-        from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
+        import graftlab.pruned_vlm # makes towers with a codebook known to transformers
+        from graftlab.vision import load_processor
         self.accelerator = Accelerator(cpu=device=='cpu')
         self._rank,self._world_size,self.device = self.accelerator.process_index,self.accelerator.num_processes,device or self.accelerator.device
         self.model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, use_safetensors=True).to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(pretrained)
-        self.processor.image_processor = AutoImageProcessor.from_pretrained(pretrained, backend='pil') # the same pixels with and without torchvision
+        self.processor = load_processor(pretrained)
         self.batch_size,self.system = int(batch_size),system
 
     def generate_until(self,

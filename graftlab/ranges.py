@@ -91,6 +91,7 @@ def kernel_copy(
     out, # Open file to write at its end, unbuffered
 )->Iterator[int]: # Bytes copied, after each call
     "Bytes `start` to `end` of a file to another through the kernel; stops early where the kernel will not do it"
+    if not hasattr(os, 'copy_file_range'): return                    # Linux only
     with open(src, 'rb') as f:
         while start<end:
             try: n = os.copy_file_range(f.fileno(), out.fileno(), min(end-start, 4*CHUNK), offset_src=start)

@@ -43,8 +43,12 @@ class Recipe:
     seed: int = 0                     # order of the data, noise
     checkpoint_every: int = 200       # optimiser steps between checkpoints
     keep: int = 2                     # checkpoints kept
-    shard: str | int = None           # None: DDP. 'full': one copy over all ranks (FSDP2). A number of ranks to a copy: HSDP (Section A.4: 16)
+    shard: str | int = None           # None: DDP. 'full': one copy over all ranks (FSDP2). A number of ranks to a copy: HSDP (Section A.8: 16)
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+
+    def __post_init__(self):
+        for k in ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'):
+            if getattr(self, k) is not None and getattr(self, k)<1: raise GraftError(f'{k} = {getattr(self, k)}: at least one is needed')
 
 # %% ../nbs/06a_recipe.ipynb #00000108
 @patch

@@ -76,12 +76,12 @@ def shape_questions(
 def _states_file(collate, tower, by, stop, folder, batch_size, progress):
     "File of what enters layer `stop` for each picture of `by`, path -> record; made where it is absent"
     key = hashlib.sha256('\n'.join(by).encode())
-    for p in tower.parameters(): key.update(p.detach().float().sum().numpy().tobytes())
+    for p in tower.parameters(): key.update(p.detach().float().sum().cpu().numpy().tobytes())
     path = Path(folder)/f'pictures-{stop}-{key.hexdigest()[:12]}.safetensors'
     if not path.exists():
-        todo,states = list(by.values()),[]
+        todo,states,device = list(by.values()),[],next(tower.parameters()).device
         for i in tqdm(range(0, len(todo), batch_size), desc='picture states', disable=None if progress is None else not progress):
-            with torch.no_grad(): states.append(run_tower(tower, torch.cat([collate.pixels(r) for r in todo[i:i+batch_size]]), stop=stop))
+            with torch.no_grad(): states.append(run_tower(tower, torch.cat([collate.pixels(r) for r in todo[i:i+batch_size]]).to(device), stop=stop).cpu())
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({'states': torch.cat(states)}, path.with_suffix('.tmp'))
         path.with_suffix('.tmp').replace(path)

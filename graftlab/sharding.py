@@ -20,11 +20,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .host import BadCheckpoint, GraftError, open_shard, tensor_files, text_name
 from .recipe import Recipe
+from .vision import load_processor
 from .vlm import build_vlm, scale_adapter, tower_pixels
 
 # %% ../nbs/06d_sharding.ipynb #00000005
@@ -159,11 +160,13 @@ def empty_vlm(
     auto = AutoModelForCausalLM if encoder else AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False): model = auto.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     model.tie_weights()
-    if not encoder: return model, AutoProcessor.from_pretrained(folder), find_weights(model, folder)
+    if not encoder: return model, load_processor(folder), find_weights(model, folder)
     vlm,processor = build_vlm(model, encoder, tokenizer, dtype=dtype, **kw)
     words,weights = vlm.get_input_embeddings().weight,find_weights(vlm, folder)
     name = next(n for n,p in vlm.named_parameters() if p is words)
-    scale_adapter(vlm, torch.rand_like(tower_pixels(vlm.model.vision_tower).repeat(4, 1, 1, 1)), target=_rms(words, *weights[name]))
+    ones = {'weight': torch.ones(1, words.shape[1], dtype=dtype).expand(words.shape[0], -1)}         # one row of memory
+    enlarged = torch.func.functional_call(vlm.get_input_embeddings(), ones, torch.zeros(1, dtype=torch.long)).float().square().mean().sqrt().item()   # by Gemma, on the way in
+    scale_adapter(vlm, torch.rand_like(tower_pixels(vlm.model.vision_tower).repeat(4, 1, 1, 1)), target=enlarged*_rms(words, *weights[name]))
     return vlm, processor, weights
 
 # %% ../nbs/06d_sharding.ipynb #00000026

@@ -195,6 +195,8 @@ def host_fingerprint(
     source, # Host or surrogate: folder, hub id or model
 )->str: # Fingerprint of the host; for a surrogate, that of the host it was cut from
     "Fingerprint that a graft for this model must carry"
+    made = {} if isinstance(source, (str, Path)) else getattr(source, 'surrogate_info', {})
+    if made.get('fingerprint'): return made['fingerprint']
     note = Path(str(source))/'graftlab.json'
     if isinstance(source, (str, Path)) and note.exists():
         info = json.loads(note.read_text())
@@ -227,16 +229,18 @@ def graft(
     tokenizer=None, # Tokenizer of the host; None: from its folder
 ): # (model, processor), ready to answer
     "Plug a graft into a host, untrained (zero-shot grafting); `HostMismatch` when it was made for another host"
+    import graftlab.pruned_vlm                                       # makes towers with a codebook known to transformers
     folder = Path(folder)
     note = _read_note(folder)
     if check: _check_host(folder, note, host)
     config,loaded = LlavaConfig.from_pretrained(folder),not isinstance(host, (str, Path))
     dtype = dtype or (host.dtype if loaded else torch.float32)
-    tower = AutoModel.from_config(config.vision_config).to(host.device if loaded else 'cpu', dtype)
+    tower = AutoModel.from_config(config.vision_config).to(host.device if loaded else 'cpu')
+    for p in tower.parameters(): p.data = p.data.to(dtype)            # not the buffers: a codebook keeps its bits
     vlm,processor = build_vlm(host, tower, tokenizer, feature_layer=config.vision_feature_layer, dtype=dtype,
                               processor=AutoImageProcessor.from_pretrained(folder, backend='pil'))
     with safe_open(folder/'model.safetensors', 'pt') as f:
-        state = {GRAFT_PARTS[n.split('.')[0]+'.']+n.split('.', 1)[1]: f.get_tensor(n).to(dtype) for n in f.keys()}
+        state = {GRAFT_PARTS[n.split('.')[0]+'.']+n.split('.', 1)[1]: f.get_tensor(n) for n in f.keys()}
     wrong = [n for n,v in state.items() if vlm.state_dict()[n].shape!=v.shape]
     if wrong: raise HostMismatch(f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)} in the graft; this host wants {tuple(vlm.state_dict()[wrong[0]].shape)}")
     vlm.model.multi_modal_projector.to(dtype)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config, LlamaConfig, LlavaConfig,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config, Gemma3TextConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor)
 
 from graftlab import cli
@@ -40,15 +40,26 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope='module')
-def vlm(tokenizer):
+SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=.3)
+
+
+def make_vlm(tokenizer, text):
     torch.manual_seed(0)
-    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                       vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=.3)
     vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
                          vision_feature_layer=-2, vision_feature_select_strategy='default', tie_word_embeddings=True)
     return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope='module')
+def vlm(tokenizer): return make_vlm(tokenizer, LlamaConfig(**SIZE, vocab_size=len(tokenizer)))
+
+
+@pytest.fixture(scope='module', params=['llama', 'gemma3'])
+def any_vlm(request, tokenizer, vlm):
+    if request.param=='llama': return vlm
+    return make_vlm(tokenizer, Gemma3TextConfig(**SIZE, vocab_size=len(tokenizer), head_dim=8, query_pre_attn_scalar=8, sliding_window=6,
+                                                layer_types=['sliding_attention', 'full_attention'])) # six tokens: fewer than any question has
 
 
 @pytest.fixture(scope='module')
@@ -67,16 +78,16 @@ slow = settings(max_examples=8, deadline=None, suppress_health_check=[HealthChec
 
 @slow
 @given(sets=st.lists(candidates, min_size=1, max_size=4), picture=st.lists(st.booleans(), min_size=4, max_size=4), size=st.integers(1, 4))
-def test_packed_ranking_is_one_at_a_time(vlm, processor, sets, picture, size):
+def test_packed_ranking_is_one_at_a_time(any_vlm, processor, sets, picture, size):
     "Any candidates, any mixture of pictures and none, any batch size: the log-likelihoods of each candidate alone"
     image = Image.new('RGB', (28, 28), 'red')
     questions = [ask(i, c, image if p else None) for i,(c,p) in enumerate(zip(sets, picture))]
-    scores,choices = rank_candidates(vlm, processor, questions, size, system='')
+    scores,choices = rank_candidates(any_vlm, processor, questions, size, system='')
     pixels = processor.image_processor(image, return_tensors='pt')['pixel_values']
     for q,s,choice in zip(questions, scores, choices):
         for c,value in zip(q['candidates'], s):
             ids,start = encode_question(Chat(processor.tokenizer, system=''), q, c, 4 if q['image'] else 0)
-            with torch.no_grad(): logits = vlm(input_ids=torch.tensor([ids]), pixel_values=pixels if q['image'] else None).logits
+            with torch.no_grad(): logits = any_vlm(input_ids=torch.tensor([ids]), pixel_values=pixels if q['image'] else None).logits
             logp = logits[0,start-1:-1].log_softmax(-1).gather(1, torch.tensor(ids)[start:,None]).sum()
             assert abs(float(value-logp))<1e-4*max(1, abs(float(logp)))
         assert choice==q['candidates'][int(s.argmax())]

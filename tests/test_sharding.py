@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessorPil, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import test_train as tt
 from families import FAMILIES, make_tokenizer
@@ -24,7 +24,7 @@ from graftlab.cut_noise import noise_before
 from graftlab.host import GraftError
 from graftlab.sharding import empty_vlm, held, leave, place, rows, whole, wrap
 from graftlab.train import Passes, StepLoss, draw, make_accelerator, optimiser_step, train
-from graftlab.vlm import save_vlm, set_trainable, trainable_names
+from graftlab.vlm import build_vlm, image_features, save_vlm, set_trainable, trainable_names
 
 CASES = {2: {"ddp-4-paper": {}, "full-1-None": {}, "full-2-paper": dict(activation_checkpointing=True), "full-4-None": {}},
          4: {"full-1-paper": {}, "full-2-None": {}, "hsdp-1-None": {}, "hsdp-2-paper": dict(activation_checkpointing=True)}}
@@ -64,6 +64,19 @@ def empty(folder, **kw):
     got, _, weights = empty_vlm(folder, vlm.model.vision_tower, make_tokenizer(FAMILIES["smollm2"]),
                                 processor=CLIPImageProcessorPil(size=square, crop_size=square))
     return vlm, got, weights, collate
+
+
+def test_an_empty_gemma_shows_its_pictures_as_large_as_its_words(tmp_path):
+    "Gemma enlarges words on the way in; image tokens of a model without numbers begin at that size too, as in one that is whole"
+    config = Gemma3TextConfig(vocab_size=2000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=8, pad_token_id=0)
+    decoder, square = Gemma3ForCausalLM(config), dict(height=28, width=28)
+    decoder.save_pretrained(tmp_path)
+    tower, pixels = tt.make_vlm()[0].model.vision_tower, torch.rand(32, 3, 28, 28)
+    def size(build):
+        vlm = build(tmp_path, tower, make_tokenizer(FAMILIES["gemma"]), processor=CLIPImageProcessorPil(size=square, crop_size=square))[0]
+        with torch.no_grad(): return image_features(vlm, pixels).square().mean().sqrt().item()
+    with torch.no_grad(): words = decoder.get_input_embeddings()(torch.arange(1, 2000)).square().mean().sqrt().item()
+    assert [size(build_vlm), size(empty_vlm)] == pytest.approx([words, words], rel=.1)
 
 
 def from_meta(records, out, recipe, folder):

@@ -2,14 +2,14 @@
 import json
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config, StableLmConfig
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, LlamaConfig, Olmo2Config, StableLmConfig
 from graftlab.host import GraftError
 from graftlab.surrogate import build_surrogate
 from graftlab.teach import TeachLoss, collate_kept, keep_states, stage0, teach
 
 SIZE = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
     bos_token_id=1, eos_token_id=2)
-CONFIGS = dict(llama=LlamaConfig(**SIZE), qwen3=Qwen3Config(**SIZE, head_dim=8), phi3=Phi3Config(**SIZE), olmo2=Olmo2Config(**SIZE),
+CONFIGS = dict(llama=LlamaConfig(**SIZE), olmo2=Olmo2Config(**SIZE),
     gemma3=Gemma3TextConfig(**SIZE, head_dim=8, query_pre_attn_scalar=8, layer_types=['sliding_attention', 'full_attention']*3, sliding_window=4),
     stablelm=StableLmConfig(**SIZE), cohere=CohereConfig(**SIZE, logit_scale=.5)) # the last two: LayerNorm
 CUT = 2, 4

@@ -323,15 +323,16 @@ def collate(records): return dict(x=torch.tensor(records, dtype=torch.float32), 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def stop():
     while not os.path.exists(sys.argv[1]+'/metrics.jsonl') or not os.path.getsize(sys.argv[1]+'/metrics.jsonl'): time.sleep(.05)
-    os.killpg(0, signal.SIGINT)
+    os.killpg(0, int(sys.argv[3]))
 threading.Thread(target=stop).start()
 fit(Slow(), list(range(100)), collate, stage1(steps=200, batch_size=4, precision='no'), sys.argv[1], workers=int(sys.argv[2]), progress=False)"""
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_to_all_processes_of_a_terminal_saves_and_stops(workers, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM]) # from a terminal; from a cluster to a job
+def test_a_signal_to_all_processes_saves_and_stops(workers, sent, tmp_path):
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), CUDA_VISIBLE_DEVICES="")
-    said = subprocess.run([sys.executable, "-c", CTRL_C, str(tmp_path/"run"), str(workers)], env=env, capture_output=True, text=True, timeout=300, start_new_session=True).stderr
+    said = subprocess.run([sys.executable, "-c", CTRL_C, str(tmp_path/"run"), str(workers), str(int(sent))], env=env, capture_output=True, text=True, timeout=300, start_new_session=True).stderr
     assert "KeyboardInterrupt: stopped after step" in said, said[-2000:]
     [kept] = (tmp_path/"run"/"checkpoints").glob("step-*.safetensors")
     assert len((tmp_path/"run"/"metrics.jsonl").read_text().splitlines()) == int(kept.stem.split("-")[1])
