@@ -191,3 +191,18 @@ def test_remake_writes_nothing_when_a_cell_fails(tmp_path):
     before = nb.read_bytes()
     out = run(sys.executable, 'tools/remake.py', nb, cwd=tmp_path)
     assert out.returncode == 1 and "name 'show' is not defined" in out.stderr and nb.read_bytes() == before
+
+def test_a_notebook_leaves_transformers_with_the_classes_of_the_library():
+    "nbdev_test runs several notebooks in a process; those that define a tower register their own class"
+    out = run(sys.executable, '-c', f"""
+from pathlib import Path
+from nbdev.test import test_nb
+from transformers import AutoConfig, AutoModel
+from graftlab.pruned_vlm import PrunedTower
+from graftlab.tower import QuantizedTower
+for n in ('08b_tower', '09a_pruned_vlm'): assert test_nb(Path({str(ROOT)!r})/f'nbs/{{n}}.ipynb', skip_flags=['slow', 'gpu'])[0]
+for cls in (QuantizedTower, PrunedTower):
+    assert type(AutoConfig.for_model(cls.config_class.model_type)) is cls.config_class
+    assert AutoModel._model_mapping[cls.config_class] is cls
+""")
+    assert out.returncode==0, out.stderr
