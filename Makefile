@@ -51,7 +51,7 @@ zoo: $(READY)  ## fetch the weights and data that notebooks and tests use, check
 
 test: $(DEV) zoo  ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	$(OFFLINE) $(BIN)/python -m pytest tests -q --timeout 600
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --timeout 600
 
 docs: $(DEV)  ## library, docs/ and README.md from the notebooks
 	$(BIN)/nbdev_export

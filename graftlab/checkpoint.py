@@ -170,14 +170,14 @@ def finish(
     peak_memory_mb:float=None, # Largest memory of the run, MB (10^6 bytes)
     data:dict=None, # On which data, from `data_id`
     writes:bool=True, # This process writes, as in `write_tensors`
-)->dict|None: # metrics.json: stage, steps, loss, tokens, seconds, peak_memory_mb, trainable, recipe, data; None where another process writes
+)->dict|None: # metrics.json: stage, steps, loss, tokens, cut (left out by truncation), seconds, peak_memory_mb, trainable, recipe, data; None where another process writes
     "Write trained.safetensors and metrics.json, and remove the checkpoints"
     out = Path(out)
     write_tensors(out/'trained.safetensors', params, writes=writes)
     if not writes: return
     lines = [json.loads(l) for l in (out/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     last = lines[-max(1, len(lines)//20):]
-    metrics = dict(stage=recipe.stage, steps=steps, loss=sum(l['loss'] for l in last)/len(last), tokens=sum(l['tokens'] for l in lines),
+    metrics = dict(stage=recipe.stage, steps=steps, loss=sum(l['loss'] for l in last)/len(last), tokens=sum(l['tokens'] for l in lines), cut=sum(l.get('cut', 0) for l in lines),
                    seconds=round(sum(l['seconds'] for l in lines), 2), peak_memory_mb=round(peak_memory_mb, 1) if peak_memory_mb and not math.isnan(peak_memory_mb) else None,
                    trainable=sum(p.numel() for p in params.values()), recipe=asdict(recipe), data=data)
     write_json(out/'metrics.json', metrics)

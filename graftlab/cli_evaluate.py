@@ -37,7 +37,7 @@ def _asked(args):
     questions = _questions(args)
     vlm,processor,_ = open_vlm(args.model)
     vlm = vlm.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
-    result = score(vlm, processor, questions, args.batch_size or 32, args.max_new_tokens, progress=sys.stderr.isatty())
+    result = score(vlm, processor, questions, args.batch_size or 32, 16 if args.max_new_tokens is None else args.max_new_tokens, progress=sys.stderr.isatty())
     if args.out: write_json(args.out, result)
     rows = type_table({args.model: result})
     _print(rows, [k for k in rows[0] if k!='model'])
@@ -80,7 +80,7 @@ def _lmms(args):
 # %% ../nbs/14d_cli_evaluate.ipynb #00000009
 @command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`; with --text also a zoo name or hub id'),
          arg('questions', metavar='FILE', nargs='?', help='JSON list of questions'),
-         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the file)'),
+         arg('--images', metavar='DIR', help='with FILE: folder of the pictures (default: where FILE is)'),
          arg('--text', action='store_true', help='score the language model with lm-evaluation-harness, in place of FILE'),
          arg('--lmms', action='store_true', help='score the vision-language model with lmms-eval, in place of FILE'),
          arg('--tasks', nargs='+', default=['paper'], metavar='TASK',
@@ -91,7 +91,7 @@ def _lmms(args):
          arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
          arg('--limit', type=int, help='only the first so many questions, of each task'),
          arg('--batch-size', type=int, help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
-         arg('--max-new-tokens', type=int, default=16, help='tokens of an answer at most (default: 16; CRAFT allows 5)'),
+         arg('--max-new-tokens', type=int, help='with FILE: tokens of an answer at most (default: 16; CRAFT allows 5)'),
          arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
          examples='graftlab evaluate grafted questions.json --out scores.json\n'
                   'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'
@@ -102,6 +102,7 @@ def evaluate(args):
     from graftlab.host import GraftError
     if args.limit is not None and args.limit<1: raise GraftError(f'--limit {args.limit}: a number of questions, at least 1, is expected')
     if sum(map(bool, (args.text, args.lmms, args.questions)))>1: raise GraftError('say one thing to score on: a FILE of questions, --text or --lmms')
+    if (args.text or args.lmms) and (args.images or args.max_new_tokens is not None): raise GraftError('--images and --max-new-tokens go with a FILE of questions: the harnesses bring their own')
     if args.text: return _text(args)
     if args.before or args.chat or args.shots is not None: raise GraftError('--shots, --chat and --before go with --text')
     if args.lmms: return _lmms(args)
@@ -123,8 +124,9 @@ def report(args):
          arg('--precision', choices=['fp32', 'bf16'], help='to compute in (default: measured, whichever is faster here; it decides the last digits)'),
          arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than 12 minutes; small at best teaches shapes)'),
          arg('--paper', action='store_true', help="the paper's way: translator and adapter learn together from labels (its stage 1), no stage 0, no noise at the cut"),
+         arg('--refresh', action='store_true', help='after stage 2 the host teaches the translators on pictures, and stage 2 goes on'),
          examples='graftlab demo\ngraftlab demo --quick --out runs/quick\ngraftlab demo --seed 1 --out runs/seed1\ngraftlab demo --paper --out runs/paper')
 def demo(args):
     "Find the cut, cut, train, graft, score, report: all of it, on real weights and pictures"
     from graftlab.demo import demo as run
-    print(run(args.out, args.seed, args.quick, precision={'fp32': 'no'}.get(args.precision, args.precision), paper=args.paper, size=args.size))
+    print(run(args.out, args.seed, args.quick, precision={'fp32': 'no'}.get(args.precision, args.precision), paper=args.paper, size=args.size, refresh=args.refresh))

@@ -135,6 +135,7 @@ def _write(args, vlm, processor, info, done):
     if args.stage==3: info.pop('fingerprint', None)                  # the host was trained too: its encoder is for no other model
     write_json(save_vlm(vlm, processor, out/'model')/'graftlab.json', info)
     if args.stage==2 and 'fingerprint' in info: save_graft(vlm, out/'graft', processor, info['fingerprint'], info.get('host', ''), args.stage, metrics=done)
+    if done.get('cut'): print(f"{done['cut']} tokens were left out: the ends of conversations longer than --max-length {args.max_length}")
     print(f"stage {args.stage}: {done['steps']} steps, loss {done['loss']:.3f}; written to {', '.join(str(out/n) for n in ('model', 'graft') if (out/n).exists())}")
 
 # %% ../nbs/14c_cli_train.ipynb #0000000b

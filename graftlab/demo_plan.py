@@ -29,6 +29,11 @@ class Plan:
     paper: bool = False               # the paper's stage 1 in place of stage 0: translator and adapter learn from labels, on pictures and text
     label_steps: int = 120            # ... its steps, and
     label_batch: int = 8              # records a step, half of them text
+    refresh: bool = False             # after stage 2 the host teaches the translator on pictures, then stage 2 goes on
+    refresh_pictures: int = 300       # ... how many, and about as many texts
+    refresh_steps: int = 80           # ... its steps, late cut
+    refresh_early_steps: int = 20     # ... early cut: as in stage 0, a quarter
+    again_steps: int = 100            # ... steps of stage 2 after it
     adapter_steps: int = 20           # stage 1
     steps: int = 400                  # stage 2 on the late cut
     early_steps: int = 400            # stage 2 on the early cut, the same
@@ -41,8 +46,8 @@ class Plan:
     questions: int = 120              # of each type, for the scores
     last_k: int = 5                   # trained encoder layers
 
-SMALL = Plan(samples=50, texts=300, teach_steps=90, teach_early_steps=22, label_steps=60, batch_size=2, steps=200, early_steps=200, host_steps=25, full_steps=12, pictures=1300, questions=45)
-QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, label_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
+SMALL = Plan(samples=50, texts=300, teach_steps=90, teach_early_steps=22, label_steps=60, refresh_pictures=100, refresh_steps=40, refresh_early_steps=10, again_steps=50, batch_size=2, steps=200, early_steps=200, host_steps=25, full_steps=12, pictures=1300, questions=45)
+QUICK = Plan(samples=20, texts=24, teach_steps=3, teach_early_steps=2, label_steps=2, refresh_pictures=20, refresh_steps=2, refresh_early_steps=1, again_steps=2, adapter_steps=2, steps=3, early_steps=2, host_steps=2, full_steps=1, pictures=40, questions=6)
 PLANS = dict(full=Plan(), small=SMALL, quick=QUICK)
 
 # %% ../nbs/16b_demo_plan.ipynb #00000008

@@ -119,7 +119,8 @@ def measured(
     note.update({k: metrics[k] for k in ('steps', 'tokens', 'trainable', 'seconds', 'peak_memory_mb')})
 
 # %% ../nbs/16d_demo_run.ipynb #2e22e2e3
-ORDER = ('trajectory', 'states', 'stage0-late', 'stage0-early', 'stage1-late', 'stage2-late', 'stage1-early', 'stage2-early', 'stage1-host',
+ORDER = ('trajectory', 'states', 'stage0-late', 'stage0-early', 'stage1-late', 'stage2-late', 'seen-late', 'refresh-late', 'again-late',
+         'stage1-early', 'stage2-early', 'seen-early', 'refresh-early', 'again-early', 'stage1-host',
          'stage2-host', 'stage3-grafted', 'stage3-untrained')
 
 def collect(
@@ -138,7 +139,7 @@ def collect(
     if len(rows)==len(order): _examples(run, files)
     t = run.read('trajectory.json')
     write_json(run.out/'run.json', dict(title='Zero-shot grafting, end to end'+(' (quick: numbers mean nothing)' if run.quick else ''), command=command, seed=run.seed,
-        quick=run.quick, commit=_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=departures(run.plan.paper),
+        quick=run.quick, commit=_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=departures(run.plan.paper, run.plan.refresh),
         claims=claims(rows, t['transition']) if len(rows)==len(order) and not run.quick else [], headline=None))
 
 # %% ../nbs/16d_demo_run.ipynb #21763cff

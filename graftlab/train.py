@@ -227,11 +227,14 @@ def _step(acc, model, optimizer, params, batches, recipe, step, steps, stop):
     began,factor = time.perf_counter(),schedule(step, steps, recipe.warmup)
     torch.manual_seed((recipe.seed*1_000_003+step)*4099+acc.process_index)
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
-    loss,tokens,stop = optimiser_step(acc, model, batches(), recipe.response_weight, stop())
+    mine = batches()
+    loss,tokens,stop = optimiser_step(acc, model, mine, recipe.response_weight, stop())
+    cut = acc.reduce(torch.tensor(float(sum(int(b['cut'].sum()) for b in mine if 'cut' in b)), device=acc.device), 'sum').item()
     norm = acc.clip_grad_norm_(list(params.values()), recipe.clip)
     optimizer.step(); optimizer.zero_grad()
     line = dict(step=step+1, loss=loss, lr=recipe.lr*factor, grad_norm=float(whole(norm)), tokens=tokens, seconds=round(time.perf_counter()-began, 4))
     parts = getattr(acc.unwrap_model(model), 'take_parts', lambda total: {})
+    if cut: line['cut'] = int(cut)                                   # tokens of conversations longer than `max_length`
     return line | parts(lambda x: acc.reduce(x, 'sum')), stop
 
 # %% ../nbs/06_train.ipynb #0000002c

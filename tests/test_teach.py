@@ -2,10 +2,16 @@
 import json
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, LlamaConfig, Olmo2Config, StableLmConfig
+from transformers import (AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, CohereConfig, Gemma3TextConfig, LlamaConfig,
+    Olmo2Config, StableLmConfig)
+from families import FAMILIES, make_tokenizer
+from graftlab.data import Collator
 from graftlab.host import GraftError
+from graftlab.refresh import keep_seen, refresh, refreshing
 from graftlab.surrogate import build_surrogate
 from graftlab.teach import TeachLoss, collate_kept, keep_states, stage0, teach
+from graftlab.vlm import assemble, build_vlm
+from test_train import make_records
 
 SIZE = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
     bos_token_id=1, eos_token_id=2)
@@ -64,3 +70,38 @@ def test_a_run_on_other_texts_is_refused(tmp_path):
     assert again('a') == first == json.loads((tmp_path/'run'/'metrics.json').read_text())
     with pytest.raises(GraftError, match='finished run on other data, 24 records then and 24 now'): again('b')
     with pytest.raises(GraftError, match='finished run on other data, 24 records then and 23 now'): again('c')
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3"])
+def test_the_refresh_reads_what_the_host_says_behind_pictures(family, tmp_path):
+    "Against LLaVA's own forward pass, with the decoder of the host and with the surrogate's, one record at a time"
+    torch.manual_seed(0)
+    size = dict(intermediate_size=64, num_attention_heads=4)
+    host = AutoModelForCausalLM.from_config(type(CONFIGS[family])(**CONFIGS[family].to_dict() | dict(vocab_size=512))).eval()
+    for p in host.parameters(): p.data.normal_(0, .3) if p.ndim > 1 else p.data.add_(.1*torch.randn_like(p))
+    tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, num_hidden_layers=3, image_size=28, patch_size=14, **size))
+    square, surrogate = dict(height=28, width=28), build_surrogate(host, *CUT)
+    vlm, processor = build_vlm(surrogate, tower, make_tokenizer(FAMILIES["smollm2"]), processor=CLIPImageProcessorPil(size=square, crop_size=square))
+    on_host = assemble(host, vlm.model.vision_tower, vlm.config.image_token_index)
+    on_host.model.multi_modal_projector = vlm.model.multi_modal_projector
+    collate, records = Collator.from_processor(processor, stage=3, system=""), make_records(tmp_path, 11, text={1, 6})
+
+    def behind(record):
+        "KL(host || surrogate) summed over the positions behind the picture, in float64, and their number"
+        batch = {k: v for k, v in collate([record]).items() if k in ("input_ids", "attention_mask", "pixel_values")}
+        with torch.no_grad(): p, q = (m(**batch).logits[0, :, :host.config.vocab_size].double().log_softmax(-1) for m in (on_host, vlm))
+        last = max((i for i, t in enumerate(batch["input_ids"][0].tolist()) if t == vlm.config.image_token_index), default=-1)
+        return (p.exp()*(p-q)).sum(-1)[last+1:].sum().item(), len(p)-last-1
+
+    seen = keep_seen(vlm, host, records, collate, CUT[:1], tmp_path/"seen", batch_size=3, per_file=5, progress=False)
+    before = [behind(r) for r in records]
+    with torch.no_grad():
+        for i, (kl, n) in enumerate(before):
+            assert int(seen[i]["counts"].sum()) == n
+            assert TeachLoss(surrogate, CUT[0], positions=0)(collate_kept([seen[i]], CUT[0])).item() == pytest.approx(kl, rel=.03)
+        together = TeachLoss(surrogate, CUT[0], positions=0)(collate_kept([seen[i] for i in range(11)], CUT[0])).item()
+    assert together == pytest.approx(sum(kl for kl, _ in before), rel=.02)
+    kept, own = keep_states(host, texts(), CUT[:1], tmp_path/"states", progress=False), {n: p.clone() for n, p in vlm.named_parameters()}
+    refresh(vlm, seen, kept, refreshing(steps=40, lr=5e-3, precision="no"), tmp_path/"run", CUT[:1], progress=False)
+    assert sum(kl for kl, _ in map(behind, records)) < .9*sum(kl for kl, _ in before)
+    for n, p in vlm.named_parameters(): assert torch.equal(p, own[n]) == (f"language_model.layers.{CUT[0]}." not in n), n

@@ -142,6 +142,20 @@ def alone(ranks):
     return out
 
 
+def test_tokens_that_truncation_leaves_out_are_counted(tmp_path):
+    "Step by step and over the run: the difference of the rows' lengths with and without a limit"
+    records, whole = make_records(tmp_path, 10), make_vlm()[1]
+    lengths = [whole.length(r) for r in records]
+    limit = min(lengths)+8                                             # the question fits, and some of the answer
+    def shortened(collate):
+        collate.max_length = limit
+        return collate
+    done = run(records, tmp_path/"run", recipe(steps=3, batch_size=4), shortened)
+    over = [max(0, n-limit) for n in lengths]
+    want = [sum(over[i] for i in draw(10, s, 4)) for s in range(3)]
+    assert [m.get("cut", 0) for m in metrics(tmp_path/"run")] == want and done["cut"] == sum(want) > 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_have_the_gradients_of_one_big_batch(ranks, alone, case):
     facts, grads, _ = alone[CASES[case]["response_weight"]]
