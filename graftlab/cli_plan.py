@@ -80,14 +80,19 @@ def dry_run(
     records, # The checked records
 )->str: # The table
     "What a training would cost, without training"
+    import torch
     from transformers import AutoTokenizer
     from graftlab.cost import calibrate, measure, stage_cost, timed
     from graftlab.data import Collator
     vlm,folder,translators = _planned(args)
     tokenizer,gpus = AutoTokenizer.from_pretrained(folder),args.gpus or int(os.environ.get('WORLD_SIZE', 1))
     tokenizer.add_special_tokens(dict(additional_special_tokens=['<image>']), replace_extra_special_tokens=False)
-    collate = Collator(tokenizer, None, tokenizer.convert_tokens_to_ids('<image>'), vlm.config.image_seq_length, args.stage)
+    collate = Collator(tokenizer, None, tokenizer.convert_tokens_to_ids('<image>'), vlm.config.image_seq_length, args.stage, args.max_length,
+                       independent_turns=args.packed)
+    if args.on_error=='skip': records.check(collate.rows)
     found = measure(records, collate)
     cost = stage_cost(vlm, recipe, found, gpus, translators, Path(folder).name[-10:])
     about = f'{found.number:,} records of {found.text:.0f} text tokens, {found.answer:.0f} supervised, {found.pictures:.2f} pictures'
-    return f'{about}\n{timed([cost], gpus, calibrate(precision=recipe.precision)).table()}'
+    if args.on_error=='skip': about += f'; {len(records.skipped)} of {len(records.source)} left out'
+    if not args.tflops: about += f"\nThe rate is this machine's {'GPU' if torch.cuda.is_available() else 'processor'}, measured now; --tflops says another's"
+    return f'{about}\n{timed([cost], gpus, args.tflops*1e12 if args.tflops else calibrate(precision=recipe.precision)).table()}'

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .cli_cut import _load, _tokenizer
 from .cli_teach import lessons, one_process, read_chats
-from .cli_train import open_vlm
+from .cli_train import left_out, open_vlm
 from .command import arg, command
 
 # %% ../nbs/14j_cli_refresh.ipynb #14a60007
@@ -21,11 +21,12 @@ def check_model(
     model, # Model folder, from `graftlab train`
     host, # Folder of the host
 )->dict: # What graftlab.json of the model says
-    "What a model on a surrogate says of itself; `GraftError` where it is on none, `HostMismatch` for another host than the surrogate's"
+    "What a model on a surrogate says of itself; `GraftError` where it is on none or on the control T*, `HostMismatch` for another host than the surrogate's"
     from graftlab.host import GraftError, HostMismatch, fingerprint
     note = Path(model)/'graftlab.json'
     info = json.loads(note.read_text()) if note.exists() else {}
     if info.get('kind')!='vlm' or not info.get('translators'): raise GraftError(f"{model} is no model on a surrogate, so it has no translator to teach: `graftlab train 2` writes one, RUN/model")
+    if info.get('layers', 'translator')!='translator': raise GraftError(f"{model} trained layers before its translator in stage 1 (--layers {info['layers']}): what enters the translator is not the host's, so the host cannot say what should leave it")
     if (found := fingerprint(host))!=info.get('fingerprint'):
         raise HostMismatch(f"the surrogate inside {model} was cut out of {info.get('host') or '?'} ({info.get('fingerprint')}), {host} is {found}: only the host that it was cut out of can teach it")
     return info
@@ -48,6 +49,7 @@ def refresh_states(
     out, # Folder of the run
     origin:dict, # What `vlm` and `host` are, and the precision: kept beside the states
     layer:int, # First translator
+    max_length:int=2048, # Tokens of a record at most
 )->tuple: # `KeptStates` of records and of texts
     "The host's states for pictures and texts, in OUT/pictures and OUT/texts; `GraftError` where states of something else are there"
     from hashlib import blake2b
@@ -58,16 +60,19 @@ def refresh_states(
     from graftlab.teach import KeptStates, keep_states
     folders,note = [Path(out)/n for n in ('pictures', 'texts')],Path(out)/'states.json'
     if not any(r.get('image') for r in records): raise GraftError('none of the records has a picture: `graftlab teach` teaches on text')
+    collate = Collator.from_processor(processor, stage=3, max_length=max_length)
+    if cut := sum(collate.rows(r)[1] for r in records): print(f'{cut} tokens were left out: the ends of conversations longer than --max-length {max_length}')
     told = json.dumps([[r['id'], str(r.get('image')), r['conversations']] for r in records])+json.dumps(texts)
-    this = origin | dict(layer=layer, records=len(records), texts=len(texts), digest=blake2b(told.encode(), digest_size=16).hexdigest())
+    this = origin | dict(layer=layer, max_length=max_length, records=len(records), texts=len(texts), digest=blake2b(told.encode(), digest_size=16).hexdigest())
     here = [len([*f.glob('states-*.safetensors')]) for f in folders]
-    if any(here) and (not note.exists() or json.loads(note.read_text())!=this):
+    if (note.exists() and json.loads(note.read_text())!=this) or (any(here) and not note.exists()):
         raise GraftError(f"{out} holds states of other records or texts, or of another model, host or precision (see {note.name}): use another folder, or remove it")
     write_json(note, this)
-    if here==[math.ceil(len(x)/256) for x in (records, texts)]: return tuple(map(KeptStates, folders))
+    if here==[math.ceil(len(x)/n) for x,n in ((records, 64), (texts, 256))]: return tuple(map(KeptStates, folders))
     teacher = _load(host, 'bfloat16' if origin['precision']=='bf16' else 'float32')
-    seen = keep_seen(vlm.to(teacher.device), teacher, records, Collator.from_processor(processor, stage=3), [layer], folders[0])
-    return seen, keep_states(teacher, texts, [layer], folders[1])
+    for part in (vlm.model.vision_tower, vlm.model.multi_modal_projector, vlm.get_input_embeddings()): part.to(teacher.device)   # what makes the sequences; the rest may stay where it is
+    seen = keep_seen(vlm, teacher, records, collate, [layer], folders[0], per_file=64)
+    return seen, keep_states(teacher, texts, [layer], folders[1], per_file=256)
 
 # %% ../nbs/14j_cli_refresh.ipynb #14a6000d
 def save_refreshed(
@@ -96,6 +101,8 @@ def save_refreshed(
          arg('out', metavar='OUT', help='folder of the run; OUT/model is the refreshed model'),
          arg('--data', required=True, metavar='FILE', help='LLaVA conversations with pictures, best those of stage 2'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'),
+         arg('--max-length', type=int, default=2048, help='tokens of a conversation at most, as in `train` (default: 2048)'),
+         arg('--on-error', choices=['stop', 'skip'], default='stop', help='stop at a conversation that cannot be used (default), or leave out and list the bad ones, as in `train`'),
          arg('--records', type=int, default=300, metavar='N', help='how many conversations the host is shown (default: 300)'),
          arg('--chats', metavar='FILE', help="conversations without pictures in LLaVA's format, or JSON lines with `messages` (default: the zoo's text)"),
          arg('--texts', type=int, default=400, metavar='N', help='how many of them (default: 400)'),
@@ -107,6 +114,7 @@ def save_refreshed(
                   'graftlab graft runs/s2b/graft smollm2 grafted')
 def refresh(args):
     "After stage 2, optional: the host teaches the translator again, on pictures"
+    from graftlab.data import Collator
     from graftlab.host import GraftError, checkpoint_hash
     from graftlab.recipe import read_recipe
     from graftlab.records import load_conversations
@@ -115,13 +123,16 @@ def refresh(args):
     if min(args.records, args.texts)<1: raise GraftError('--records and --texts: at least one of each is needed')
     recipe = one_process(read_recipe(None, refreshing, [*args.set, *([] if args.steps is None else [f'steps={args.steps}'])]))
     host,model,out = get_llm(args.host),check_folder(args.model),Path(args.out)
-    info,given,chats = check_model(model, host),load_conversations(args.data, args.images),read_chats(args.chats)
-    records = [given[i] for i in sample(given, args.records, recipe.seed)]
-    texts = lessons([chats[i] for i in sample(chats, args.texts, recipe.seed)], _tokenizer(host), recipe, args.max_tokens)
+    info,given,chats = check_model(model, host),load_conversations(args.data, args.images, args.on_error),read_chats(args.chats)
     vlm,processor,_ = open_vlm(model)
+    if args.on_error=='skip': left_out(given, Collator.from_processor(processor, 3, max_length=args.max_length), out)
+    share = min(1, recipe.steps*recipe.batch_size/(args.records+args.texts)) if recipe.steps else 1                    # few steps want few of both
+    records,few = ([x[i] for i in sample(x, math.ceil(share*n), recipe.seed)] for x,n in ((given, args.records), (chats, args.texts)))
+    texts = lessons(few, _tokenizer(host), recipe, args.max_tokens)
     origin = dict(model=checkpoint_hash(model), fingerprint=info['fingerprint'], precision=recipe.precision)
-    seen,kept = refresh_states(vlm, processor, host, records, texts, out, origin, info['translators'][0])
+    seen,kept = refresh_states(vlm, processor, host, records, texts, out, origin, info['translators'][0], args.max_length)
     done = run(vlm, seen, kept, recipe, out, tuple(info['translators']))
     first = json.loads((out/'metrics.jsonl').read_text().partition('\n')[0])['loss']
+    del vlm
     where = save_refreshed(model, out, dict(host=args.host, data=args.data, records=len(seen), texts=len(kept), steps=done['steps'], tokens=done['tokens'], first_kl=first, kl=done['loss']))
-    print(f"refresh: {done['steps']} steps on {len(seen)} conversations with pictures and {len(kept)} texts, KL to the host {first:.3g} at first, {done['loss']:.3g} nats a token at last; written to {where}")
+    print(f"refresh: {done['steps']} steps on {len(seen)} conversations, {sum(bool(r.get('image')) for r in records)} of them with pictures, and {len(kept)} texts, KL to the host {first:.3g} at first, {done['loss']:.3g} nats a token at last; written to {where}")

@@ -44,7 +44,7 @@ def one_process(
 ): # The same
     "`GraftError` where a lesson of the host was launched on several ranks"
     from graftlab.host import GraftError
-    if recipe.shard is not None or int(os.environ.get('WORLD_SIZE') or 1)>1: raise GraftError('stage 0 and the refresh run in one process: they read the host once and train a layer or two')
+    if recipe.shard is not None or int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_STEP_NUM_TASKS') or 1)>1: raise GraftError('stage 0 and the refresh run in one process: they read the host once and train a layer or two')
     return recipe
 
 # %% ../nbs/14i_cli_teach.ipynb #1e0353d0
@@ -103,7 +103,7 @@ def host_states(
     folder,note = Path(out)/'states',Path(out)/'states.json'
     this = dict(fingerprint=info['fingerprint'], layer=layer, precision=precision, texts=len(texts), digest=blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest())
     here = len([*folder.glob('states-*.safetensors')])
-    if here and (not note.exists() or json.loads(note.read_text())!=this):
+    if (note.exists() and json.loads(note.read_text())!=this) or (here and not note.exists()):
         raise GraftError(f"{folder} holds states of other texts, or of another host, layer or precision (see {note.name}): use another folder, or remove it")
     write_json(note, this)
     if here==math.ceil(len(texts)/256): return KeptStates(folder)

@@ -118,9 +118,9 @@ def _trained(args, recipe, records):
     torch.manual_seed(recipe.seed)                                   # of a new adapter
     vlm,processor,info,weights = _start(args, empty=spread)
     same_origin(args)
-    collate = Collator.from_processor(processor, args.stage, max_length=args.max_length)
+    collate = Collator.from_processor(processor, args.stage, max_length=args.max_length, independent_turns=args.packed)
     if args.on_error=='skip': left_out(records, collate, args.out)
-    done = run(vlm, records, collate, recipe, args.out, trained_layers(args, info), weights=weights, workers=args.workers)
+    done = run(vlm, records, collate, recipe, args.out, trained_layers(args, info), weights=weights, workers=args.workers, trackers=tuple(args.trackers))
     leave()
     if int(os.environ.get('RANK', 0)): return
     if spread: vlm = _gathered(args, recipe)
@@ -153,7 +153,10 @@ def _write(args, vlm, processor, info, done):
          arg('--config', metavar='TOML', help='recipe file: fields of the recipe, tables [stage1] to [stage3]; --set counts last'),
          arg('--dry-run', action='store_true', help='print trained parameters, memory, steps, arithmetic and hours; train nothing'),
          arg('--gpus', type=int, help='for the dry run: devices (default: those it is launched on)'),
+         arg('--trackers', nargs='+', default=[], metavar='NAME', help="accelerate's trackers beside metrics.jsonl, e.g. tensorboard wandb"),
+         arg('--tflops', type=float, metavar='X', help='for the dry run: what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
          arg('--workers', type=int, default=0, help='processes that prepare batches ahead (default: 0)'),
+         arg('--packed', action='store_true', help="each question of a record on its own behind the picture, in one row, so that the picture is computed once; else a record is one conversation"),
          arg('--max-length', type=int, default=2048, help='tokens of a row at most; longer ones lose their last turns (default: 2048)'),
          arg('--on-error', choices=['stop', 'skip'], default='stop', help='stop at a record that cannot be used (default), or read all first, and leave out and list the bad ones'),
          examples='graftlab train 1 runs/s1 --llm small --encoder vit-s14 --data chat.json\n'

@@ -52,6 +52,8 @@ class Run:
         asked,kept = dict(seed=seed, quick=quick, plan=dataclasses.asdict(self.plan)),self.out/'plan.json'
         if kept.exists():
             old = json.loads(kept.read_text())
+            off = {f.name: False for f in dataclasses.fields(Plan) if f.default is False}
+            old['plan'] = dataclasses.asdict(self.plan) | off | old['plan']               # fields that are newer than the run: switches were off, and sizes had no use
             if {k: old[k] for k in asked}!=asked: raise GraftError(f"{out} holds a run with another seed or plan (see plan.json): use another --out, or remove it")
             asked = old
         else: write_json(kept, asked := asked|dict(precision=precision or fastest_precision(), started=now()))

@@ -21,7 +21,7 @@ from .host import GraftError
 # %% ../nbs/06a_recipe.ipynb #00000005
 @dataclass
 class Recipe:
-    "All that decides a training run besides model and data; defaults of Grafting, Table A.4"
+    "All that decides a training run besides model and data; defaults of Grafting, Table A.4, where it has them"
     stage: int                        # 0 translator; 1 adapter + translator; 2 encoder + adapter; 3 all
     lr: float                         # peak learning rate
     batch_size: int                   # records in one optimiser step, over all ranks and micro-batches
@@ -29,11 +29,11 @@ class Recipe:
     micro_batch: int = None           # records in one forward pass of one rank; None: no accumulation
     steps: int = None                 # optimiser steps; None: `epochs` of the data
     epochs: float = 1.                # one pass over the data in every stage
-    warmup: float = .03               # share of the steps with rising rate
-    betas: tuple = (.9, .999)         # AdamW
-    eps: float = 1e-8                 # AdamW
-    weight_decay: float = 0.          # none in any stage
-    clip: float = 1.                  # largest 2-norm of the gradient
+    warmup: float = .03               # share of the steps with rising rate: a new adapter's first gradients are large
+    betas: tuple = (.9, .999)         # AdamW's own, as the table leaves them
+    eps: float = 1e-8                 # AdamW's own
+    weight_decay: float = 0.          # none in any stage: what was pretrained shall stay near where it was
+    clip: float = 1.                  # largest 2-norm of the gradient, so that one odd batch moves little
     precision: str = 'bf16'           # autocast; trained weights are kept in fp32. 'no': fp32 throughout
     last_k: int = 8                   # trained encoder layers (Section A.9: eight); None: all
     response_weight: str = None       # 'paper': dynamic weights (Section A.11); None: token mean
@@ -41,8 +41,8 @@ class Recipe:
     cut_noise: float = 0.             # noise on the states that enter a surrogate's translators, in units of their root mean square; ours
     attention: str = None             # transformers' attention kernel; None: the faster one of the device
     seed: int = 0                     # order of the data, noise
-    checkpoint_every: int = 200       # optimiser steps between checkpoints
-    keep: int = 2                     # checkpoints kept
+    checkpoint_every: int = 200       # optimiser steps between checkpoints: what a killed run loses at most; ours
+    keep: int = 2                     # checkpoints kept: the newest, and one before it should a disk fail; ours
     shard: str | int = None           # None: DDP. 'full': one copy over all ranks (FSDP2). A number of ranks to a copy: HSDP (Section A.8: 16)
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 
+from .asking import evaluating
 from .harness import decoder_of
 from .host import GraftError, Host
 from .teach import KeptStates, caught_states, stage0, teach, write_states
@@ -28,12 +29,12 @@ def behind_pictures(
     return (input_ids==image_id).flip(1).cumsum(1).flip(1)==0
 
 # %% ../nbs/06g_refresh.ipynb #06a6000a
-@torch.no_grad()
 def _seen(h, vlm, batch, layers, start):
     "Flat ids, states, final hidden states and which positions count, of one batch"
     batch = {k: v.to(vlm.device) for k,v in batch.items() if isinstance(v, Tensor)}
-    pictures = image_features(vlm, batch['pixel_values'].to(vlm.model.vision_tower.dtype), start) if 'pixel_values' in batch else None
-    x,real = embed(vlm, batch['input_ids'], pictures),batch['attention_mask'].bool()
+    with evaluating(vlm):                                              # after a stage in bf16 its dtypes are mixed
+        pictures = image_features(vlm, batch['pixel_values'].to(vlm.model.vision_tower.dtype), start) if 'pixel_values' in batch else None
+        x,real = embed(vlm, batch['input_ids'], pictures),batch['attention_mask'].bool()
     found = caught_states(h, layers, inputs_embeds=x.to(h.embed.weight), attention_mask=batch['attention_mask'].to(h.embed.weight.device))
     flat = dict(ids=batch['input_ids'], counts=behind_pictures(batch['input_ids'], vlm.config.image_token_index))
     return {k: v[real].cpu() for k,v in flat.items()} | {k: v[real.to(v.device)].to('cpu', torch.bfloat16) for k,v in found.items()}
@@ -44,10 +45,10 @@ def keep_seen(
     records, # LLaVA records with pictures; text-only ones may be among them
     collate, # From records to a batch, one row a record: a `Collator` of stage 3
     layers:list, # Layers whose input states are kept: the translators' positions
-    folder, # Where to keep them
+    folder, # Where to keep them: files that are there are taken as they are, so another model wants another folder
     start:int=0, # Encoder layer at which `collate`'s states enter; 0: it gives pixels
     batch_size:int=16, # Records in one forward pass
-    per_file:int=256, # Records in one file
+    per_file:int=64, # Records in one file, which is put together in memory
     progress:bool=None, # Show a bar; None: where there is a terminal
 )->KeptStates: # The records with their states, in their order
     "Keep what enters `layers` and what leaves the final norm of the host, for records as this model's encoder shows them (bf16)"
@@ -75,7 +76,7 @@ def refresh(
     seen:KeptStates, # From `keep_seen`, with the first translator's layer
     texts, # Kept texts of the same host, from `keep_states`, or a subset of them
     recipe:Recipe, # From `refreshing`
-    out, # Folder of the run
+    out, # Folder of the run; another model or other states want another one
     translators:tuple, # Indices of the translator layers in the surrogate, ascending
     positions:int=128, # Positions a step whose distributions are compared
     **kw, # Passed on to `fit`: workers, progress

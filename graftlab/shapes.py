@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .data import Collator
 from .host import GraftError
-from .vlm import run_tower
+from .vision import run_tower, tower_layers
 
 # %% ../nbs/16a_shapes.ipynb #764e3915
 COLORS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
@@ -75,8 +75,10 @@ def shape_questions(
 # %% ../nbs/16a_shapes.ipynb #7188c134
 def _states_file(collate, tower, by, stop, folder, batch_size, progress):
     "File of what enters layer `stop` for each picture of `by`, path -> record; made where it is absent"
-    key = hashlib.sha256('\n'.join(by).encode())
-    for p in tower.parameters(): key.update(p.detach().float().sum().cpu().numpy().tobytes())
+    key,later = hashlib.sha256(),{id(p) for l in tower_layers(tower)[stop:] for p in l.parameters()}            # these may train on
+    for f in by: key.update(f'{f} {(s := Path(f).stat()).st_size} {s.st_mtime_ns}'.encode())
+    for p in tower.parameters():
+        if id(p) not in later: key.update(p.detach().float().cpu().numpy().tobytes())
     path = Path(folder)/f'pictures-{stop}-{key.hexdigest()[:12]}.safetensors'
     if not path.exists():
         todo,states,device = list(by.values()),[],next(tower.parameters()).device

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .host import GraftError, Host
 from .train import Recipe, fit
+from .trainable import cast_weights
 
 # %% ../nbs/06b_teach.ipynb #455f0f4e
 def keep_states(
@@ -127,6 +128,7 @@ class TeachLoss(nn.Module):
     ):
         super().__init__()
         self.surrogate,self.layer,self.positions = surrogate,layer,positions
+        self.words = 1+int(Host(surrogate).head.weight.detach().any(1).nonzero().max())   # rows of zeros at the end are no words: padding, or room for a placeholder
 
     def forward(self,
         batch:dict, # From `collate_kept`
@@ -141,8 +143,8 @@ class TeachLoss(nn.Module):
         if self.positions and n>self.positions:
             pick = torch.randperm(n, device=teacher.device)[:self.positions]
             student,teacher = student[pick],teacher[pick]
-        with torch.no_grad(): p = h.finish(teacher.to(h.head.weight.dtype)).float().log_softmax(-1)
-        q = h.finish(student).float().log_softmax(-1)
+        with torch.no_grad(): p = h.finish(teacher.to(h.head.weight.dtype))[:, :self.words].float().log_softmax(-1)
+        q = h.finish(student)[:, :self.words].float().log_softmax(-1)
         return (p.exp()*(p-q)).sum()*(n/len(teacher))
 
 # %% ../nbs/06b_teach.ipynb #6fd902e3
@@ -179,5 +181,5 @@ def teach(
         p.data = p.data.to(torch.float32 if id(p) in mine else torch.bfloat16 if recipe.precision=='bf16' else torch.float32)
     first,dtype = translators[0],torch.bfloat16 if recipe.precision=='bf16' else torch.float32
     metrics = fit(TeachLoss(surrogate, first, positions), kept, lambda items: collate_kept(items, first), recipe, out, **kw)
-    surrogate.to(dtype).requires_grad_(False)                        # one dtype again: the next stage keeps it frozen
+    cast_weights(surrogate, dtype).requires_grad_(False)             # one dtype again: the next stage keeps it frozen
     return metrics

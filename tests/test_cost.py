@@ -59,14 +59,14 @@ def test_sizes(config, cut, want):
 
 
 def test_table_9():
-    "Steps and hours from 20.5 s a step: 27.79, 5.56; LoRA 19.25; 34.79 against 19.17, 45 % less"
+    "Steps from records and epochs; from 20.5 s a step, 27.8 and 5.56 h of stage 3 and LoRA's 19.25. With the table's own hours of the stages before it, 34.8 against 19.17: 45 % less"
     names = lambda epochs: [stage1(), stage2(), stage3(lr=2e-5, epochs=epochs)]
     vlm = meta_vlm(DECODERS['llama'], TOWERS['clip']) # any model: steps and timed seconds do not depend on it
     hours = lambda recipes, seconds: [(s.steps, s.hours) for s in timed([stage_cost(vlm, r, {1: GENQA_LLAVA}.get(r.stage, LLAVA), 128, (1,)) for r in recipes], 128, seconds=seconds).stages]
-    seconds = {1: 9.36*3600/4393, 2: 4.25*3600/4880, 3: 20.5}
+    seconds = {1: 9.36*3600/4393, 2: 4.25*3600/4880, 3: 20.5} # the first two are the table's hours: given, not found
     ours,(full,) = hours(names(.2), seconds),hours([stage3()], seconds)
     assert [s for s,_ in ours] == [4393, 4880, 976] and full[0] == 4880
-    assert [round(h, 2) for _,h in ours] == [9.36, 4.25, 5.56] and round(full[1], 1) == 27.8
+    assert round(ours[2][1], 2) == 5.56 and round(full[1], 1) == 27.8
     assert round(sum(h for _,h in ours), 2) == 19.17 and round(7.01+full[1], 1) == 34.8
     assert round(1-sum(h for _,h in ours)/(7.01+full[1]), 2) == .45
     (_,lora), = hours([stage2()], {2: 14.2})

@@ -16,6 +16,7 @@ from plain import plain_answers
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = {'stage0-late', 'stage0-early', 'stage1-late', 'stage2-late', 'stage1-early', 'stage2-early', 'stage1-host', 'stage2-host', 'stage3-grafted', 'stage3-untrained'}
+REFRESH = {f'{phase}-{cut}' for phase in ('refresh', 'again') for cut in ('late', 'early')}
 # An audit hook that refuses every connection, whoever asks for it, but those to this machine
 OFFLINE = """import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)   # a parent in the background hands on that Ctrl-C is ignored
@@ -29,7 +30,7 @@ sys.exit(main(sys.argv[1:]))"""
 
 def start(out, **kw):
     env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--out', str(out), '--seed', '3', '--precision', 'fp32'], cwd=ROOT, env=env,
+    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--refresh', '--out', str(out), '--seed', '3', '--precision', 'fp32'], cwd=ROOT, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
 
@@ -53,7 +54,7 @@ def read(folder, name): return json.loads((folder/name).read_text())
 def losses(folder):
     "Losses and gradient norms of every training phase, without the times"
     return {p.parent.name: [(x['step'], x['loss'], x['grad_norm'], x['tokens']) for x in map(json.loads, p.read_text().splitlines())]
-            for p in sorted(folder.glob('stage*/metrics.jsonl'))}
+            for p in sorted(folder.glob('*/metrics.jsonl'))}
 
 
 def test_leaves_everything(run):
@@ -61,15 +62,16 @@ def test_leaves_everything(run):
     assert read(run, 'run.json')['finished'] and read(run, 'run.json')['claims']==[]          # a quick run claims nothing
     rows = {r['name'] for r in read(run, 'scores.json')['rows']}
     assert rows=={'prior', 'random', 'surrogate', 'graft', 'early-surrogate', 'early-graft', 'full-grafted', 'full-untrained', 'host'}
-    assert set(losses(run))==PHASES
+    assert set(losses(run))==PHASES | REFRESH
     assert not [p for p in run.rglob('*.tmp')]
 
 
+@pytest.mark.timeout(1800) # eight starts of the whole job
 def test_killed_in_each_phase_and_started_again(run, tmp_path):
     "SIGKILL and Ctrl-C at many places; the run that goes on ends with the numbers of the one that was left alone"
     out = tmp_path/'run'
     places = [('trajectory.json', signal.SIGKILL), ('stage0-late/metrics.jsonl', signal.SIGKILL), ('stage2-late/metrics.jsonl', signal.SIGINT),
-              ('scores/graft.json', signal.SIGINT), ('stage2-host/metrics.jsonl', signal.SIGKILL),
+              ('refresh-late/metrics.jsonl', signal.SIGKILL), ('scores/graft.json', signal.SIGINT), ('stage2-host/metrics.jsonl', signal.SIGKILL),
               ('stage3-grafted/metrics.jsonl', signal.SIGKILL)]
     for name,how in places:
         process = start(out)

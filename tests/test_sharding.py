@@ -27,7 +27,7 @@ from graftlab.train import Passes, StepLoss, draw, make_accelerator, optimiser_s
 from graftlab.vlm import build_vlm, image_features, save_vlm, set_trainable, trainable_names
 
 CASES = {2: {"ddp-4-paper": {}, "full-1-None": {}, "full-2-paper": dict(activation_checkpointing=True), "full-4-None": {}},
-         4: {"full-1-paper": {}, "full-2-None": {}, "hsdp-1-None": {}, "hsdp-2-paper": dict(activation_checkpointing=True)}}
+         4: {"full-1-paper": {}, "full-2-None": {}, "full-4-paper": {}, "hsdp-1-None": {}, "hsdp-2-paper": dict(activation_checkpointing=True), "hsdp-4-None": {}}}
 NAMED = {f"{world}-{name}": (world, name) for world in CASES for name in CASES[world]}
 SHARD = dict(ddp=None, full="full", hsdp=2)
 LARGE = LlamaConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12, vocab_size=8192) # 654 MB in fp32, beside which 50 MB of modules imported on the way count for little

@@ -10,6 +10,7 @@ from graftlab.host import GraftError
 from graftlab.refresh import keep_seen, refresh, refreshing
 from graftlab.surrogate import build_surrogate
 from graftlab.teach import TeachLoss, collate_kept, keep_states, stage0, teach
+from graftlab.trainable import set_trainable, trainable_names
 from graftlab.vlm import assemble, build_vlm
 from test_train import make_records
 
@@ -105,3 +106,18 @@ def test_the_refresh_reads_what_the_host_says_behind_pictures(family, tmp_path):
     refresh(vlm, seen, kept, refreshing(steps=40, lr=5e-3, precision="no"), tmp_path/"run", CUT[:1], progress=False)
     assert sum(kl for kl, _ in map(behind, records)) < .9*sum(kl for kl, _ in before)
     for n, p in vlm.named_parameters(): assert torch.equal(p, own[n]) == (f"language_model.layers.{CUT[0]}." not in n), n
+    set_trainable(vlm, trainable_names(vlm, 2, 1), torch.bfloat16) # as stage 2 in bf16 leaves it: dtypes mixed
+    mixed = keep_seen(vlm, host, records, collate, CUT[:1], tmp_path/"mixed", progress=False)
+    for i in range(11):
+        assert torch.equal(mixed[i]["counts"], seen[i]["counts"])
+        assert (mixed[i]["final"].float()-seen[i]["final"].float()).norm() < .1*seen[i]["final"].float().norm()
+
+
+def test_a_lesson_in_bf16_leaves_the_rotary_frequencies_alone(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    surrogate = build_surrogate(model, *CUT)
+    before = {n: b.clone() for n, b in surrogate.named_buffers()}
+    teach(surrogate, keep_states(model, texts(8), CUT[:1], tmp_path/"states", progress=False), stage0(steps=1, batch_size=4, precision="bf16"), tmp_path/"run", CUT[:1], progress=False)
+    assert {p.dtype for p in surrogate.parameters()} == {torch.bfloat16}
+    for n, b in surrogate.named_buffers(): assert b.dtype == before[n].dtype and torch.equal(b, before[n]), n

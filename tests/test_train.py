@@ -25,7 +25,7 @@ from graftlab.host import GraftError
 from graftlab.train import Passes, StepLoss, draw, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
 from graftlab.vlm import build_vlm, set_trainable, trainable_names
 
-STEPS, BATCH = 5, 8
+STEPS, BATCH = 5, 16
 CASES = {f"{passes}-{mode}": dict(micro_batch=BATCH//2//passes, response_weight=mode) for passes in (1, 2) for mode in (None, "paper")}
 
 
@@ -85,6 +85,17 @@ def on_nth(n, act):
     return wrap
 
 
+def spoiled(collate):
+    "Pictures of the second batch are no numbers"
+    asked = []
+    def collating(rs):
+        asked.append(1)
+        batch = collate(rs)
+        if len(asked) == 2: batch["pixel_values"] = batch["pixel_values"]*float("nan")
+        return batch
+    return collating
+
+
 def terminate(): os.kill(os.getpid(), signal.SIGTERM)
 def metrics(out): return [json.loads(l) for l in (out/"metrics.jsonl").read_text().splitlines()]
 def flat(tensors): return torch.cat([tensors[n].flatten() for n in sorted(tensors)])
@@ -109,6 +120,8 @@ def on_each_rank(folder):
     run(records, folder/"from-one", recipe())
     try: run(records, folder/"from-two", recipe(), on_nth(3, terminate) if rank == 1 else lambda c: c)
     except KeyboardInterrupt as e: (folder/f"stopped-{rank}").write_text(str(e))
+    try: run(records, folder/"spoiled", recipe(), lambda c: c if rank else spoiled(c))
+    except GraftError as e: (folder/f"spoiled-{rank}").write_text(str(e))
     torch.distributed.destroy_process_group()
 
 
@@ -197,7 +210,16 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(ranks, alone):
     assert_near(load_file(folder/"from-two"/"trained.safetensors"), load_file(alone[None][2]/"trained.safetensors"))
 
 
-KILLED = dict(steps=24, batch_size=4, micro_batch=2, precision="bf16", noise=.1, response_weight="paper", checkpoint_every=3)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_a_weight_takes_it_up(ranks):
+    folder, records = ranks
+    mine = [records[i]["id"] for i in draw(len(records), 1, BATCH)[::2]] # the first rank's, of the second step
+    said = [(folder/f"spoiled-{rank}").read_text() for rank in (0, 1)]
+    assert "step 2: the loss is nan with the records" in said[0] and all(repr(i) in said[0] for i in mine)
+    assert "step 2: the loss is not finite on another rank" in said[1]
+    assert len(metrics(folder/"spoiled")) == 1
+
+
+KILLED = dict(steps=80, batch_size=4, micro_batch=2, precision="bf16", noise=.1, response_weight="paper", checkpoint_every=3)
 
 
 def in_child(folder, out, at=0, wait=0.):
@@ -217,10 +239,10 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_the_same(tmp_path
     (tmp_path/"records.json").write_text(json.dumps(records))
     assert in_child(tmp_path, "whole") == 0
     seen = []
-    for _ in range(3): # at a random pass, and a random while later: while it computes, writes a line, writes a checkpoint
+    for _ in range(10): # at a random pass, and a random while later: while it computes, writes a line, writes a checkpoint
         assert in_child(tmp_path, "cut", rng.randint(8, 11), rng.uniform(0, .02)) == -signal.SIGKILL
         seen.append(len(metrics(tmp_path/"cut")))
-    assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 24 # it went on, not back to the start
+    assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 80 # it went on, not back to the start
     assert in_child(tmp_path, "cut") == 0
     assert (tmp_path/"cut"/"trained.safetensors").read_bytes() == (tmp_path/"whole"/"trained.safetensors").read_bytes()
     for key in "step", "loss", "grad_norm", "lr": assert [l[key] for l in metrics(tmp_path/"cut")] == [l[key] for l in metrics(tmp_path/"whole")]
