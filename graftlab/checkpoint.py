@@ -12,7 +12,7 @@ import json
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -117,8 +117,9 @@ def _plain(recipe):
     return json.loads(json.dumps(asdict(recipe)))
 
 def _same(kept, recipe):
-    "Is a recipe from a JSON file this one, but for the layout?"
-    a,b = [{k: v for k,v in r.items() if k not in (*LAYOUT, 'data')} for r in (kept, _plain(recipe))]
+    "Is a recipe from a JSON file this one, but for the layout? Fields that are newer than the file had their defaults"
+    newer = json.loads(json.dumps({f.name: f.default for f in fields(recipe) if f.default is not MISSING}))
+    a,b = [{k: v for k,v in r.items() if k not in (*LAYOUT, 'data')} for r in (newer | kept, _plain(recipe))]
     return a==b
 
 # %% ../nbs/06c_checkpoint.ipynb #0000001a

@@ -40,6 +40,7 @@ class Recipe:
     noise: float = 0.                 # Gaussian noise on image tokens, in units of their root mean square; ours
     cut_noise: float = 0.             # noise on the states that enter a surrogate's translators, in units of their root mean square; ours
     attention: str = None             # transformers' attention kernel; None: the faster one of the device
+    group_by_length: bool = False     # records of like length in a step: less padding, where lengths differ much; ours
     seed: int = 0                     # order of the data, noise
     checkpoint_every: int = 200       # optimiser steps between checkpoints: what a killed run loses at most; ours
     keep: int = 2                     # checkpoints kept: the newest, and one before it should a disk fail; ours

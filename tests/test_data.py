@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from families import FAMILIES, byte_spans, make_tokenizer, spans
 from graftlab.chat import Chat, Kind, block_mask, pack, shared_prefix, supervised, truncate
-from graftlab.data import Collator, LengthGroupedSampler, load_conversations, mix, multiple_choice
+from graftlab.data import Collator, load_conversations, mix, multiple_choice
 from graftlab.images import BadImage, BadRecord, open_image, open_images
 from graftlab.records import Conversations, check_record
 
@@ -276,16 +276,6 @@ def test_mix_is_even(n, m):
     if n and m:
         seen = np.cumsum([x[0] == 't' for x in out])
         assert np.abs(seen-np.arange(1, n+m+1)*m/(n+m)).max() <= 1 # never more than one text away from an even share
-
-
-@settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=200), size=st.integers(1, 9), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_sampler_is_a_permutation_that_seed_and_epoch_decide(lengths, size, seed, epoch):
-    def order():
-        s = LengthGroupedSampler(lengths, size, seed)
-        s.set_epoch(epoch)
-        return list(s)
-    assert sorted(order()) == list(range(len(lengths))) and order() == order()
 
 
 @settings(max_examples=30, deadline=None)

@@ -22,7 +22,7 @@ from families import FAMILIES, TEXT, make_tokenizer
 from graftlab.checkpoint import load_trained
 from graftlab.data import Collator
 from graftlab.host import GraftError
-from graftlab.train import Passes, StepLoss, draw, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
+from graftlab.train import Passes, StepLoss, draw, draw_alike, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
 from graftlab.vlm import build_vlm, set_trainable, trainable_names
 
 STEPS, BATCH = 5, 16
@@ -258,6 +258,20 @@ def test_the_order_is_a_chain_of_whole_epochs(n, batch, seed, steps):
     for e in range(len(chain)//n): assert sorted(chain[e*n:(e+1)*n]) == list(range(n))
     rest = chain[len(chain)//n*n:]
     assert len(set(rest)) == len(rest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=60), batch=st.integers(1, 9), steps=st.integers(1, 30), stretch=st.integers(1, 12), seed=st.integers(0, 5))
+def test_records_of_like_size_are_the_same_records(sizes, batch, steps, stretch, seed):
+    "Over each stretch of steps, hence over each run; and within a stretch, no step overlaps another in size"
+    ways = [[draw_alike(sizes, s, steps, batch, seed, stretch) for s in range(steps)], [draw(len(sizes), s, batch, seed) for s in range(steps)]]
+    assert all(len(p) == batch for p in ways[0])
+    for first in range(0, steps, stretch):
+        alike, plain = (w[first:first+stretch] for w in ways)
+        assert sorted(sum(alike, [])) == sorted(sum(plain, []))
+        spans = sorted((min(sizes[i] for i in p), max(sizes[i] for i in p)) for p in alike)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    assert max(sizes[i] for i in ways[0][0]) == max(sizes[i] for p in ways[1][:stretch] for i in p)
 
 
 @settings(max_examples=200, deadline=None)
