@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -217,6 +218,27 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_a_weight_takes_
     assert "step 2: the loss is nan with the records" in said[0] and all(repr(i) in said[0] for i in mine)
     assert "step 2: the loss is not finite on another rank" in said[1]
     assert len(metrics(folder/"spoiled")) == 1
+
+
+class Kept(GeneralTracker):
+    "A tracker of accelerate's kind that keeps what it is told in files"
+    name, requires_logging_directory, tracker = "kept", False, None
+    def __init__(self, folder): super().__init__(); self.folder = folder
+    def store_init_configuration(self, values): (self.folder/"told.json").write_text(json.dumps(values))
+    def log(self, values, step=None, **kw):
+        with open(self.folder/"logged.jsonl", "a") as f: f.write(json.dumps(dict(values, step=step))+"\n")
+    def finish(self): (self.folder/"closed").touch()
+
+
+def test_trackers_are_told_what_the_metrics_say_and_closed_also_after_a_stop(tmp_path):
+    records, (vlm, collate) = make_records(tmp_path, 8), make_vlm()
+    asked = recipe(batch_size=4)
+    with pytest.raises(KeyboardInterrupt): train(vlm, records, on_nth(2, terminate)(collate), asked, tmp_path/"run", progress=False, trackers=(Kept(tmp_path),))
+    assert (tmp_path/"closed").exists() and json.loads((tmp_path/"told.json").read_text())["lr"] == asked.lr
+    train(*make_vlm()[:1], records, collate, asked, tmp_path/"run", progress=False, trackers=(Kept(tmp_path),))
+    logged = [json.loads(l) for l in (tmp_path/"logged.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in logged] == [1, 2, 3, 4, 5] and logged == metrics(tmp_path/"run")
+    with pytest.raises(GraftError, match="not installed here"): make_accelerator("no", ["clearml"])
 
 
 KILLED = dict(steps=80, batch_size=4, micro_batch=2, precision="bf16", noise=.1, response_weight="paper", checkpoint_every=3)
