@@ -23,7 +23,8 @@ from families import FAMILIES, TEXT, make_tokenizer
 from graftlab.checkpoint import load_trained
 from graftlab.data import Collator
 from graftlab.host import GraftError
-from graftlab.train import Passes, StepLoss, draw, draw_alike, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
+from graftlab.order import draw_alike
+from graftlab.train import Passes, StepLoss, draw, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
 from graftlab.vlm import build_vlm, set_trainable, trainable_names
 
 STEPS, BATCH = 5, 16
