@@ -287,7 +287,7 @@ def test_nan_features_are_an_error(world, tmp_path):
         train_craft(vlm, world[1], collate, recipe(), tmp_path/"a", encode=encode, progress=False)
     vlm, _, collate = make_vlm()
     vlm.model.multi_modal_projector.linear_2.bias.data[0] = torch.nan
-    with pytest.raises(GraftError, match="the loss is nan in a batch with the records"):
+    with pytest.raises(GraftError, match="step 1: the loss is nan with the records"):
         train_craft(vlm, world[1], collate, recipe(), tmp_path/"b", encode=encode, progress=False)
 
 
