@@ -1,5 +1,4 @@
 """The main job as a process: offline, killed and started again, the same numbers; its graft in plain transformers"""
-import dataclasses
 import json
 import os
 import signal
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from graftlab.demo import demo
-from graftlab.demo_plan import QUICK
 from plain import plain_answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,15 +81,6 @@ def test_killed_in_each_phase_and_started_again(run, tmp_path):
     assert losses(out)==losses(run)
     assert read(out, 'scores.json')==read(run, 'scores.json')
     assert read(out, 'trajectory.json')==read(run, 'trajectory.json')
-
-
-def test_bf16(tmp_path):
-    "The other precision, whatever this machine would choose; a step of each phase, since processors that only emulate it take half a minute for one"
-    small = dataclasses.replace(QUICK, samples=8, texts=4, max_tokens=16, teach_batch=1, teach_steps=1, teach_early_steps=1, adapter_steps=1, steps=1, early_steps=1, host_steps=1,
-                                batch_size=1, pictures=4, questions=1)
-    demo(tmp_path/'run', 3, plan=small, precision='bf16', progress=False)
-    assert read(tmp_path/'run', 'plan.json')['precision']=='bf16' and read(tmp_path/'run', 'run.json')['finished']
-    assert set(losses(tmp_path/'run'))==PHASES
 
 
 def test_other_seed_in_the_same_folder_is_refused(run):
