@@ -123,8 +123,8 @@ def report(args):
          arg('--seed', type=int, default=0, help='of adapters and of the order of data (default: 0)'),
          arg('--precision', choices=['fp32', 'bf16'], help='to compute in (default: measured, whichever is faster here; it decides the last digits)'),
          arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than 12 minutes; small at best teaches shapes)'),
-         arg('--paper', action='store_true', help="the paper's way: translator and adapter learn together from labels (its stage 1), no stage 0, no noise at the cut"),
-         arg('--refresh', action='store_true', help='after stage 2 the host teaches the translators on pictures, and stage 2 goes on'),
+         arg('--paper', action='store_true', help="the paper's way: translator and adapter learn together from labels (its stage 1), no stage 0, no noise at the cut, no refresh"),
+         arg('--no-refresh', dest='refresh', action='store_false', help='leave out the refresh, in which after stage 2 the host teaches the translators on pictures, and the further steps of stage 2'),
          examples='graftlab demo\ngraftlab demo --quick --out runs/quick\ngraftlab demo --seed 1 --out runs/seed1\ngraftlab demo --paper --out runs/paper')
 def demo(args):
     "Find the cut, cut, train, graft, score, report: all of it, on real weights and pictures"

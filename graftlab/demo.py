@@ -238,7 +238,7 @@ def full_training(
           lambda: _train_on('untrained', lambda: fresh_vlm(run, run.load())))
 
 # %% ../nbs/16_demo.ipynb #50befed2
-WAYS = dict(paper=False, refresh=False)                                # what is asked for beside the size
+WAYS = dict(paper=False, refresh=True)                                 # what is asked for beside the size
 
 def settled(
     out, # Folder of the run
@@ -266,16 +266,16 @@ def demo(
     paper:bool=False, # The paper's stage 1 in place of stage 0, and no noise at the cut
     progress:bool=None, # Show bars; None: where there is a terminal
     size:str=None, # 'full' or 'small'; None: by the speed of the machine
-    refresh:bool=False, # After stage 2 the host teaches the translator on pictures, and stage 2 goes on
+    refresh:bool=True, # After stage 2 the host teaches the translator on pictures, and stage 2 goes on; not with `paper`
 )->Path: # The page, report.html
     "Grafting end to end on real weights and pictures (Sections 1 and 2 in small); writes a run folder and its page"
     if not plan:
         size,precision = settled(out, 'quick' if quick else size, precision)
         plan = PLANS[size]
-    plan = dataclasses.replace(plan, paper=paper or plan.paper, refresh=refresh or plan.refresh)
-    if plan.paper and plan.refresh: raise GraftError("the paper's way knows no refresh: ask for one of the two")
+    paper = paper or plan.paper
+    plan = dataclasses.replace(plan, paper=paper, refresh=refresh and plan.refresh and not paper)
     run = Run(out, seed, plan, quick, precision, progress)
-    ways = ''.join(f' --{w}' for w in WAYS if getattr(run.plan, w))
+    ways = ' --paper' if paper else '' if plan.refresh else ' --no-refresh'
     command = f"graftlab demo{' --quick' if quick else f' --size {size}' if size else ''}{ways} --out {out} --seed {seed}"
     collect_now = lambda finished=None: (collect(run, command, finished), make_report(run.out))[1]
     where = find_cuts(run)

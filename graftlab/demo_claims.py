@@ -52,7 +52,7 @@ OURS = [
     'Stage 1 therefore trains the adapter alone, for a few steps.',
     'In stage 2 the states that enter the translator are disturbed by noise, so that what the encoder tells is loud enough for the host\'s own layers. Ours too; `graftlab demo --paper` does without all three.']
 
-REFRESHED = 'After stage 2 the host taught the translators once more, on pictures as the trained encoder shows them, and stage 2 went on (`--refresh`); ours.'
+REFRESHED = 'After stage 2 the host taught the translators once more, on pictures as the trained encoder shows them, and stage 2 went on; ours. `--no-refresh` leaves it out.'
 
 def departures(
     paper:bool=False, # The paper's way, without what is ours

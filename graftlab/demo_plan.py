@@ -29,7 +29,7 @@ class Plan:
     paper: bool = False               # the paper's stage 1 in place of stage 0: translator and adapter learn from labels, on pictures and text
     label_steps: int = 120            # ... its steps, and
     label_batch: int = 8              # records a step, half of them text
-    refresh: bool = False             # after stage 2 the host teaches the translator on pictures, then stage 2 goes on
+    refresh: bool = True              # after stage 2 the host teaches the translator on pictures, then stage 2 goes on; never with `paper`
     refresh_pictures: int = 300       # ... how many, and about as many texts
     refresh_steps: int = 80           # ... its steps, late cut
     refresh_early_steps: int = 20     # ... early cut: as in stage 0, a quarter

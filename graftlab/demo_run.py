@@ -52,9 +52,11 @@ class Run:
         asked,kept = dict(seed=seed, quick=quick, plan=dataclasses.asdict(self.plan)),self.out/'plan.json'
         if kept.exists():
             old = json.loads(kept.read_text())
-            off = {f.name: False for f in dataclasses.fields(Plan) if f.default is False}
-            old['plan'] = dataclasses.asdict(self.plan) | off | old['plan']               # fields that are newer than the run: switches were off, and sizes had no use
-            if {k: old[k] for k in asked}!=asked: raise GraftError(f"{out} holds a run with another seed or plan (see plan.json): use another --out, or remove it")
+            off = {f.name: False for f in dataclasses.fields(Plan) if isinstance(f.default, bool)}
+            old['plan'] = asked['plan'] | off | old['plan']               # fields that are newer than the run: switches were off, and sizes had no use
+            flat = lambda x: dict(seed=x['seed'], quick=x['quick']) | x['plan']
+            if other := [f'{k} {was}, not {flat(asked).get(k)}' for k,was in flat(old).items() if was!=flat(asked).get(k)]:
+                raise GraftError(f"{out} holds a run with another seed or plan ({', '.join(other[:3])}{' and more' if len(other)>3 else ''}): use another --out, or remove it")
             asked = old
         else: write_json(kept, asked := asked|dict(precision=precision or fastest_precision(), started=now()))
         self.precision,self.started = asked['precision'],asked['started']

@@ -27,7 +27,7 @@ sys.exit(main(sys.argv[1:]))"""
 
 def start(out, **kw):
     env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--refresh', '--out', str(out), '--seed', '3', '--precision', 'fp32'], cwd=ROOT, env=env,
+    return subprocess.Popen([sys.executable, '-c', OFFLINE, 'demo', '--quick', '--out', str(out), '--seed', '3', '--precision', 'fp32'], cwd=ROOT, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
 
