@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['encode_question', 'pack_candidates', 'picture_key', 'encode_pictures', 'PictureFeatures', 'embed_rows', 'score_rows',
-           'evaluating', 'check_questions', 'batches', 'chat_of', 'rank_candidates', 'greedy', 'generate_answers',
-           'without_pictures']
+           'in_parts', 'evaluating', 'check_questions', 'batches', 'chat_of', 'rank_candidates', 'greedy',
+           'generate_answers', 'without_pictures']
 
 # %% ../nbs/07a_asking.ipynb #bd930282
 import os
@@ -122,6 +122,19 @@ def score_rows(
     return [t/r['owner'].bincount() for r,t in zip(rows, total)] if normalize=='mean' else total
 
 # %% ../nbs/07a_asking.ipynb #8d985572
+def in_parts(
+    rows:list, # Packed questions, from `pack_candidates`
+    vocab:int, # Words of the model
+    most:int=2**28, # Logits at once: 1 GiB in float32
+)->list: # Lists of indices into `rows`, in order
+    "Parts of a batch whose logits fit into memory: a hundred candidates of a large vocabulary are gigabytes"
+    parts,held = [],0
+    for i,r in enumerate(rows):
+        need = len(r['source'])*vocab
+        if not parts or held+need>most: parts.append([]); held = 0
+        parts[-1].append(i); held += need
+    return parts
+
 @contextmanager
 def evaluating(
     model:nn.Module, # Model; each of its modules gets its own mode back
@@ -144,6 +157,9 @@ def check_questions(
     seen = set()
     for q in questions:
         if missing := {'id', 'image', 'question', 'answer', 'type'}-set(q): raise EvaluationError(f"question {q.get('id')!r} has no {sorted(missing)[0]!r}")
+        if not all(isinstance(q[k], str) for k in ('question', 'answer', 'type')): raise EvaluationError(f"question {q['id']!r}: question, answer and type must be text")
+        if q['type']=='all': raise EvaluationError(f"question {q['id']!r}: the type 'all' is the name of the row for every type, give it another")
+        if isinstance(q['image'], (list, tuple, dict)): raise EvaluationError(f"question {q['id']!r}: one picture a question, as a path or a PIL picture, got {type(q['image']).__name__}")
         if '<image>' in q['question']: raise EvaluationError(f"question {q['id']!r} holds `<image>`: its picture goes in `image`, the placeholder is put in here")
         if q['id'] in seen: raise EvaluationError(f"two questions have the id {q['id']!r}")
         seen.add(q['id'])
@@ -201,7 +217,8 @@ def rank_candidates(
             for q,f in zip(asked, features):
                 seqs,starts = zip(*[encode_question(chat, q, c, 0 if f is None else len(f)) for c in q['candidates']])
                 rows.append(pack_candidates(seqs, min(starts)))
-            for i,s in zip(batch, score_rows(model, rows, features, normalize)): scores[i] = s
+            for part in in_parts(rows, model.config.get_text_config(decoder=True).vocab_size):
+                for i,s in zip([batch[j] for j in part], score_rows(model, [rows[j] for j in part], [features[j] for j in part], normalize)): scores[i] = s
     return scores, [q['candidates'][int(s.argmax())] for q,s in zip(questions, scores)]
 
 # %% ../nbs/07a_asking.ipynb #c1dc571d

@@ -24,7 +24,7 @@ from .recipe import Recipe
 from .sharding import fill, whole
 
 # %% ../nbs/06c_checkpoint.ipynb #00000005
-KINDS = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.int64: 'I64'}
+KINDS = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.int64: 'I64', torch.bool: 'BOOL'}
 
 def tensor_header(
     tensors:dict, # name -> tensor, in the order of the file

@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'main', 'make_parser']
 import sys
 
 from .command import COMMANDS, main, make_parser
-from . import cli_cut, cli_teach, cli_train, cli_refresh, cli_plan, cli_craft, cli_prune, cli_evaluate, cli_judge # they describe their commands when they are imported
+from . import cli_cut, cli_teach, cli_train, cli_refresh, cli_foretell, cli_plan, cli_craft, cli_prune, cli_evaluate, cli_judge # they describe their commands when they are imported
 
 # %% ../nbs/14_cli.ipynb #00000004
 _all_ = ['COMMANDS', 'main', 'make_parser']

@@ -62,13 +62,13 @@ def _tokenizer(folder):
     "A model's tokenizer; a base model without chat template reads conversations as plain lines"
     from graftlab.prompts import load_tokenizer
     tokenizer = load_tokenizer(folder)
-    if not tokenizer.chat_template: tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    if not tokenizer.chat_template: tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     return tokenizer
 
 def _batches(model, tokenizer, chats, args):
     "Conversations as tokens, with the answers of the data or the model's own"
     from graftlab.prompts import chat_batches, greedy_batches
-    return greedy_batches(model, tokenizer, chats, args.greedy) if args.greedy else chat_batches(tokenizer, chats, max_tokens=args.max_tokens)
+    return greedy_batches(model, tokenizer, chats, args.greedy) if args.greedy else chat_batches(tokenizer, chats, max_tokens=args.max_tokens, answers=args.responses)
 
 # %% ../nbs/14b_cli_cut.ipynb #52b10b61
 def _measured(args, out):

@@ -25,7 +25,9 @@ def _questions(args):
     except (OSError, ValueError) as e: raise GraftError(f'{args.questions}: {e}') from e
     if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions): raise GraftError(f'{args.questions}: expected a JSON list of objects')
     folder = Path(args.images or Path(args.questions).parent)
-    for q in questions: q['image'] = q.get('image') and str(folder/q['image'])
+    for q in questions:
+        if not isinstance(q.get('image'), str|None): raise GraftError(f"{args.questions}: question {q.get('id')!r} needs the path of one picture as `image`, or null")
+        q['image'] = q.get('image') and str(folder/q['image'])
     return questions[:args.limit]
 
 def _asked(args):

@@ -229,8 +229,8 @@ def full_training(
     def _train_on(name, build):
         vlm,processor = build()
         encoder_training(run, name, vlm, processor, run.plan.full_steps, f'everything, from the {name} encoder', full=True)
-        (run.out/f'stage3-{name}'/'trained.safetensors').unlink(missing_ok=True)         # a copy of the host's size; the scores are what we want
         (run.out/f'stage3-{name}'/'metrics.json').rename(run.out/f'stage3-{name}'/'summary.json')
+        (run.out/f'stage3-{name}'/'trained.safetensors').unlink(missing_ok=True)         # a copy of the host's size; the scores are what we want
         return vlm, processor
     score(run, 'full-grafted', 'Stage 3 from the graft', f'{run.plan.full_steps} steps of full training, encoder from the surrogate', 'method',
           lambda: _train_on('grafted', lambda: graft(run.out/'graft-late', run.load())))
@@ -276,7 +276,7 @@ def demo(
     plan = dataclasses.replace(plan, paper=paper, refresh=refresh and plan.refresh and not paper)
     run = Run(out, seed, plan, quick, precision, progress)
     ways = ' --paper' if paper else '' if plan.refresh else ' --no-refresh'
-    command = f"graftlab demo{' --quick' if quick else f' --size {size}' if size else ''}{ways} --out {out} --seed {seed}"
+    command = f"graftlab demo{' --quick' if quick else f' --size {size}' if size else ''}{ways} --precision {run.precision.replace('no', 'fp32')} --out {out} --seed {seed}"
     collect_now = lambda finished=None: (collect(run, command, finished), make_report(run.out))[1]
     where = find_cuts(run)
     for step in (lambda: surrogate_and_graft(run, 'late', where), lambda: references(run), lambda: surrogate_and_graft(run, 'early', where), lambda: full_training(run)):

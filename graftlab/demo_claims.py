@@ -43,14 +43,14 @@ def claims(
 # %% ../nbs/16c_demo_claims.ipynb #0f17f3e5
 DEPARTURES = [
     'Host, encoder and data are small: a 135M language model, a 22M vision transformer at 56 pixels (16 image tokens) and drawings of one shape in one colour.',
-    'The trajectory counts the answers of short chats about words only, 100 of them; the paper feeds questions and answers of 300.',
+    'The trajectory counts the answers of short chats about words only, at most 100 of them; the paper feeds questions and answers of 300.',
     'The late cut begins a few layers above the transition point, not at it: taken from an earlier trial with this host, not compared with other cuts here. Fewer layers are saved than in the paper.',
     'Learning rates are higher than in Table A.4, batches are a few pictures, and questions about one picture are packed behind it.',
     'Stage 3 is a few dozen steps, so both its rows are far from converged.']
 OURS = [
     'Stage 0 is ours: the translator learns the host\'s next-token distribution on text. In a few hundred steps the paper\'s stage 1, where translator and adapter learn together from labels, does not make a language model of it again.',
     'Stage 1 therefore trains the adapter alone, for a few steps.',
-    'In stage 2 the states that enter the translator are disturbed by noise, so that what the encoder tells is loud enough for the host\'s own layers. Ours too; `graftlab demo --paper` does without all three.']
+    'In stage 2 the states that enter the translator are disturbed by noise, so that what the encoder tells is loud enough for the host\'s own layers. Ours too; `graftlab demo --paper` does without all of this.']
 
 REFRESHED = 'After stage 2 the host taught the translators once more, on pictures as the trained encoder shows them, and stage 2 went on; ours. `--no-refresh` leaves it out.'
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from .host import BadCheckpoint
 from .lens import BadSample
 
@@ -24,17 +24,23 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 # %% ../nbs/00e_prompts.ipynb #0b1788f8
-def _encode(tokenizer, messages:list[dict])->tuple[list[int], list[int]]:
-    "Token ids of a conversation, and labels: the assistants' answers"
+def _encode(tokenizer, messages:list[dict], answers:bool=True)->tuple[list[int], list[int]]:
+    "Token ids of a conversation, and labels: the assistants' answers, or none"
     get = lambda m, prompt: tokenizer.apply_chat_template(m, add_generation_prompt=prompt, return_dict=True)['input_ids']
     ids,labels = get(messages, False),None
     labels = [-100]*len(ids)
     for i,m in enumerate(messages):
-        if m['role']!='assistant': continue
-        lo,hi = len(get(messages[:i], True)),len(get(messages[:i+1], False))
+        if m['role']!='assistant' or not answers: continue
+        lo = len(get(messages[:i], True))
         if get(messages[:i], True)!=ids[:lo]: raise BadSample("the chat template does not keep a conversation's beginning when it grows")
+        alone = get(messages[:i+1], False)[lo:]
+        hi = lo+max(_common(ids[lo:], alone[k:]) for k in range(len(alone)))        # as a last answer it may have more around it: a place to think, an end of text
         labels[lo:hi] = ids[lo:hi]
     return ids,labels
+
+def _common(a:list, b:list)->int:
+    "Length of the beginning that two lists share"
+    return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
 
 # %% ../nbs/00e_prompts.ipynb #e4f105e6
 def chat_batches(
@@ -42,9 +48,10 @@ def chat_batches(
     conversations:list[list[dict]], # Each a list of {'role': ..., 'content': ...}
     batch_size:int=8, # Conversations padded together
     max_tokens:int|None=None, # Cut conversations to this many tokens
+    answers:bool=True, # Label the answers; where nobody looks at labels, a template that hides where they are is good enough
 )->list[dict]: # input_ids, attention_mask, labels (B, N)
     "Conversations as batches; labels are the answers' tokens"
-    rows = [[part[:max_tokens] for part in _encode(tokenizer, c)] for c in conversations]
+    rows = [[part[:max_tokens] for part in _encode(tokenizer, c, answers)] for c in conversations]
     return [_pad(rows[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
 
 def _pad(rows:list)->dict:
@@ -67,15 +74,22 @@ def greedy_batches(
     prompts = [c[:-1] if c[-1]['role']=='assistant' else c for c in conversations]
     enc = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)['input_ids'] for p in prompts]
     parts = [enc[i:i+batch_size] for i in range(0, len(enc), batch_size)]
-    return [_pad(_answered(model, part, max_new_tokens, tokenizer.pad_token_id or 0)) for part in parts]
+    config = _plain(model, tokenizer, max_new_tokens)
+    return [_pad(_answered(model, part, config)) for part in parts]
 
-def _answered(model:nn.Module, prompts:list[list[int]], most:int, pad:int)->list:
+def _plain(model, tokenizer, most:int)->GenerationConfig:
+    "Greedy decoding that leaves nothing to the checkpoint's own settings, such as a penalty for repetition, but its end tokens; the template's end of a turn is one too"
+    special = {*tokenizer.all_special_ids, *(i for i,t in tokenizer.added_tokens_decoder.items() if t.special)}
+    answered,own = _encode(tokenizer, [dict(role='user', content='?'), dict(role='assistant', content='!')])[1],model.generation_config.eos_token_id
+    ends = {*np.atleast_1d([] if own is None else own).tolist(), *[t for t in answered if t in special][-1:]}
+    return GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, repetition_penalty=1., no_repeat_ngram_size=0,
+                            temperature=1., top_p=1., top_k=50, eos_token_id=sorted(map(int, ends)) or None, pad_token_id=tokenizer.pad_token_id or 0)
+
+def _answered(model:nn.Module, prompts:list[list[int]], config:GenerationConfig)->list:
     "Rows of (ids, labels): prompts, padded on the left for generation, with the greedy answers up to their end"
     n,dev = max(map(len, prompts)),model.get_input_embeddings().weight.device
-    ids = torch.tensor([[pad]*(n-len(p))+p for p in prompts], device=dev)
+    ids = torch.tensor([[config.pad_token_id]*(n-len(p))+p for p in prompts], device=dev)
     mask = torch.tensor([[0]*(n-len(p))+[1]*len(p) for p in prompts], device=dev)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=pad)[:, n:].tolist()
-    eos = model.generation_config.eos_token_id
-    ends = set(np.atleast_1d(-1 if eos is None else eos).tolist())
+    out,ends = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, n:].tolist(),config.eos_token_id or []
     cut = [o[:next((j+1 for j,t in enumerate(o) if t in ends), len(o))] for o in out]
     return [(p+o, [-100]*len(p)+o) for p,o in zip(prompts, cut)]

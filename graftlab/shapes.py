@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checkpoint import write_tensors
 from .data import Collator
 from .host import GraftError
+from .images import BadRecord, image_sources
 from .vision import run_tower, tower_layers
 
 # %% ../nbs/16a_shapes.ipynb #764e3915
@@ -84,9 +85,7 @@ def _states_file(collate, tower, by, stop, folder, batch_size, progress):
         todo,states,device = list(by.values()),[],next(tower.parameters()).device
         for i in tqdm(range(0, len(todo), batch_size), desc='picture states', disable=None if progress is None else not progress):
             with torch.no_grad(): states.append(run_tower(tower, torch.cat([collate.pixels(r) for r in todo[i:i+batch_size]]).to(device), stop=stop).cpu())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({'states': torch.cat(states)}, path.with_suffix('.tmp'))
-        path.with_suffix('.tmp').replace(path)
+        write_tensors(path, {'states': torch.cat(states)})
     return path
 
 # %% ../nbs/16a_shapes.ipynb #6b742435
@@ -101,17 +100,24 @@ class KeptPictures(Collator):
         progress:bool=None, # Show a bar; None: where there is a terminal
     )->'KeptPictures':
         "Compute and keep what enters layer `stop` of the tower, for each distinct picture (fp32)"
-        by = {r['image']: r for r in records if r.get('image')}
+        by = {self.picture(r): r for r in records if r.get('image')}
         path = _states_file(self, tower, by, stop, folder, batch_size, progress)
         self.row,self.states,self.rendered = {p: i for i,p in enumerate(by)},safe_open(path, 'pt').get_tensor('states'),{}
         return self
+
+    def picture(self,
+        record:dict, # A record with a picture
+    )->str: # Its path
+        "The file of a record's one picture"
+        if len(found := image_sources(record))!=1: raise BadRecord(f"record {record['id']!r} has {len(found)} pictures: states are kept for one a record")
+        return str(found[0])
 
     def pixels(self,
         record:dict, # A record with one picture, or none
     )->Tensor|None: # Kept states (1, P, D), or pixels before `keep` was called
         "States of a record's picture"
         if not hasattr(self, 'states'): return super().pixels(record)
-        return self.states[self.row[record['image']]][None] if record.get('image') else None
+        return self.states[self.row[self.picture(record)]][None] if record.get('image') else None
 
     def rows(self,
         record:dict, # A record
@@ -119,5 +125,6 @@ class KeptPictures(Collator):
         "Tokens of a record"
         kept = getattr(self, 'rendered', None)
         if kept is None: return super().rows(record)
-        if record['id'] not in kept: kept[record['id']] = super().rows(record)
-        return kept[record['id']]
+        key = json.dumps([record['id'], record['conversations']])
+        if key not in kept: kept[key] = super().rows(record)
+        return kept[key]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep_states', 'caught_states', 'write_states', 'KeptStates', 'entering', 'TeachLoss', 'collate_kept', 'stage0',
-           'teach']
+           'translator_weights', 'teach']
 
 # %% ../nbs/06b_teach.ipynb #1c7a24f8
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checkpoint import write_tensors
 from .host import GraftError, Host
 from .train import Recipe, fit
 from .trainable import cast_weights
@@ -62,9 +62,7 @@ def write_states(
     lengths:list, # Tokens of each sequence, in order
 ):
     "One file of kept states as `KeptStates` reads it, whole or absent"
-    tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} | dict(length=torch.tensor(lengths))
-    save_file(tensors, path.with_suffix('.tmp'))
-    path.with_suffix('.tmp').replace(path)
+    write_tensors(path, {k: torch.cat([p[k] for p in parts]) for k in parts[0]} | dict(length=torch.tensor(lengths)))
 
 def _states(h, texts, layers):
     "Flat ids, states and final hidden states of one batch of texts"
@@ -164,6 +162,15 @@ def stage0(**kw) -> Recipe: # any field of `Recipe` can be overridden
     "The translator learns the host's next-token distribution on text; ours, not in the papers"
     return Recipe(**{**dict(stage=0, lr=1e-3, batch_size=16, clip=1.), **kw})
 
+def translator_weights(
+    surrogate, # Surrogate, a causal LM
+    translators, # Indices of its translator layers
+)->dict: # Name in the surrogate -> parameter
+    "What stage 0 and the refresh train"
+    layers = Host(surrogate).layers
+    mine = {id(p) for t in translators for p in layers[t].parameters()}
+    return {n: p for n,p in surrogate.named_parameters() if id(p) in mine}
+
 def teach(
     surrogate, # Surrogate, a causal LM; its translators are trained in place
     kept, # `KeptStates` of the host, with the first translator's layer
@@ -174,8 +181,7 @@ def teach(
     **kw, # Passed on to `fit`: workers, progress
 )->dict: # metrics.json of the run
     "Stage 0: minimise KL(host || surrogate) on text over the translator's weights"
-    layers = Host(surrogate).layers
-    mine = {id(p) for t in translators for p in layers[t].parameters()}
+    mine = {id(p) for p in translator_weights(surrogate, translators).values()}
     for p in surrogate.parameters():
         p.requires_grad_(id(p) in mine)
         p.data = p.data.to(torch.float32 if id(p) in mine else torch.bfloat16 if recipe.precision=='bf16' else torch.float32)

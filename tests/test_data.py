@@ -1,6 +1,8 @@
 """Label masks of seven families against an independent reading; packing is exact; bad pictures and bad JSON are named, none lost."""
 import json
 import random
+import re
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from families import FAMILIES, byte_spans, make_tokenizer, spans
 from graftlab.chat import Chat, Kind, block_mask, pack, shared_prefix, supervised, truncate
 from graftlab.data import Collator, load_conversations, mix, multiple_choice
 from graftlab.images import BadImage, BadRecord, open_image, open_images
+from graftlab.prompts import chat_batches
 from graftlab.records import Conversations, check_record
 
 TOKENIZERS = {name: make_tokenizer(f) for name, f in FAMILIES.items()}
@@ -53,6 +56,20 @@ def test_masks_are_those_of_an_independent_reading(name, turns, picture):
             chars = np.cumsum([0] + [len(c.encode()) for c in text])
             ours = [s for s, m in zip(byte_spans(tok, tokens.ids.tolist()), mask) if m]
             assert {n for a, b in ours for n in range(a, b)} == {n for a, b in theirs for n in range(chars[a], chars[b])}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@settings(max_examples=25, deadline=None)
+@given(turns=talks)
+def test_labels_of_a_trajectory_hold_the_answers_and_nothing_of_the_next_question(name, turns):
+    "Also where a template writes its last answer otherwise than those before"
+    family, tok = FAMILIES[name], TOKENIZERS[name]
+    (batch,) = chat_batches(tok, [[dict(role=r, content=c.strip()) for q, a in turns for r, c in [('user', q), ('assistant', a)]]])
+    runs = [[t for _, t in run] for labelled, run in groupby(zip((batch['labels'][0] != -100).tolist(), batch['input_ids'][0].tolist()), key=lambda x: x[0]) if labelled]
+    bare = lambda text: re.sub(r'\s|<think>|</think>', '', text)
+    answers, ours = [bare(m['a']) for m in re.finditer(family.turn, render(name, turns), flags=re.S)], [bare(tok.decode(run)) for run in runs]
+    if ours[-1] == answers[-1]+tok.eos_token: ours[-1] = answers[-1]          # a text's end behind the last answer
+    assert ours == answers
 
 
 @pytest.mark.parametrize('name', FAMILIES)
