@@ -28,6 +28,7 @@ def asked(
         if not isinstance(q.get('image'), str): raise GraftError(f"{path}: question {q.get('id')!r} has no picture: `image` is the path of one")
     return [dict(type='question') | q | dict(answer='', image=str(folder/q['image'])) for q in questions[:limit]]
 
+# %% ../nbs/14k_cli_foretell.ipynb #14b0000d
 @command(arg('model', metavar='MODEL', help='model on a surrogate, RUN/model of `graftlab train 2`'),
          arg('host', metavar='HOST', help='the full model that the surrogate was cut out of: zoo name, checkpoint folder or hub id'),
          arg('questions', metavar='FILE', help='JSON list of questions about pictures: id, image, question, type; no answers'),

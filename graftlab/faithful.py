@@ -95,8 +95,9 @@ def foretell(
     records = own_answers(surrogate, processor, questions, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, progress=progress)
     found = faithfulness(graft, surrogate, records, Collator.from_processor(processor, stage=3, system=system), batch_size)
     kind = {q['id']: q['type'] for q in questions}
-    def of(t): return torch.tensor([kind[r['id']]==t for r in records])
-    return {t: {k: getattr(found, k)[of(t)].mean().item() for k in found._fields} | dict(n=int(of(t).sum())) for t in dict.fromkeys(kind[r['id']] for r in records)}
+    kinds = [kind[r['id']] for r in records]
+    rows = {t: torch.tensor([k==t for k in kinds]) for t in dict.fromkeys(kinds)}
+    return {t: {k: getattr(found, k)[mine].mean().item() for k in found._fields} | dict(n=int(mine.sum())) for t,mine in rows.items()}
 
 # %% ../nbs/07f_faithful.ipynb #0000001a
 def _ranks(x):
