@@ -88,6 +88,13 @@ def test_graftlab_commands_of_readme_are_understood():
         args = make_parser().parse_args(shlex.split(line)[1:])
         assert callable(args.function), line
 
+def test_scores_of_readme_are_those_of_the_kept_run():
+    kept = json.loads((ROOT/'nbs/experiments/demo/seed0/scores.json').read_text())
+    for row in kept['rows']:
+        found = [row['scores'][t][m] for t in ('color', 'shape') for m in ('rank', 'exact')]
+        cells = [f"{s['accuracy']:.0%} ({100*s['low']:.0f} to {100*s['high']:.0f})".replace('%', ' %') for s in found]
+        assert f"| {' | '.join([row['title'], *cells])} |" in README, row['title']
+
 def test_links_and_pictures_of_readme_and_docs_exist():
     for page in [ROOT/'README.md', *(ROOT/'docs').rglob('*.md')]:
         text = re.sub(r'(`{3,}).*?\1', '', page.read_text(encoding='utf-8'), flags=re.S)
