@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['encode_question', 'pack_candidates', 'picture_key', 'encode_pictures', 'PictureFeatures', 'embed_rows', 'score_rows',
-           'in_parts', 'evaluating', 'check_questions', 'batches', 'chat_of', 'rank_candidates', 'greedy',
-           'generate_answers', 'without_pictures']
+           'in_parts', 'evaluating', 'read_questions', 'check_questions', 'batches', 'chat_of', 'rank_candidates',
+           'greedy', 'generate_answers', 'without_pictures']
 
 # %% ../nbs/07a_asking.ipynb #bd930282
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import GenerationConfig
 from .chat import Chat, Kind, block_mask, pack
 from .host import attention_masks
 from .images import open_images, square
+from .prompts import plain_greedy
 from .scores import EvaluationError, normalize_answer
 from .vlm import image_features
 
@@ -148,6 +150,19 @@ def evaluating(
         for m,mode in modes.items(): m.training = mode
 
 # %% ../nbs/07a_asking.ipynb #1ae4aa19
+def read_questions(
+    path, # JSON list of questions, each with an `id`
+    images=None, # Folder of the pictures; None: that of the questions
+)->list: # The questions, with whole paths of their pictures
+    "Questions of a file; `EvaluationError` where it holds none, or one whose `image` is not the path of one picture or null"
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e: raise EvaluationError(f'{path}: {e}') from e
+    if not isinstance(found, list) or not all(isinstance(q, dict) and 'id' in q for q in found): raise EvaluationError(f'{path}: expected a JSON list of questions with ids')
+    for q in found:
+        if not isinstance(q.get('image'), str|None): raise EvaluationError(f"{path}: question {q['id']!r} needs the path of one picture as `image`, or null")
+    folder = Path(images or Path(path).parent)
+    return [q | dict(image=q.get('image') and str(folder/q['image'])) for q in found]
+
 def check_questions(
     questions:list, # Questions to be asked
     ranked:bool=True, # Whether candidates are needed
@@ -228,10 +243,8 @@ def greedy(
     max_new_tokens:int, # Tokens after which an answer is cut off
 )->GenerationConfig: # Plain greedy decoding
     "Settings of greedy decoding that leave nothing to the checkpoint's own"
-    end,own = int(chat.encode([('?', '!')]).ids[-1]),model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1., no_repeat_ngram_size=0,
-                            temperature=1., top_p=1., top_k=50, eos_token_id=[end, *own], pad_token_id=end)
+    end = int(chat.encode([('?', '!')]).ids[-1])
+    return plain_greedy(model, max_new_tokens, [end], end)
 
 # %% ../nbs/07a_asking.ipynb #cda05065
 def generate_answers(

@@ -6,7 +6,6 @@
 __all__ = ['evaluate', 'report', 'demo']
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000002
-import json
 import sys
 from pathlib import Path
 
@@ -18,25 +17,14 @@ def _print(rows, columns):
     widths = [max(len(str(r[c])) for r in [dict(zip(columns, columns)), *rows])+2 for c in columns]
     for row in [dict(zip(columns, columns)), *rows]: print(''.join(f'{row[c]!s:>{w}}' for c,w in zip(columns, widths)))
 
-def _questions(args):
-    "Questions of a file, checked as far as JSON goes, with whole paths of pictures"
-    from graftlab.host import GraftError
-    try: questions = json.loads(Path(args.questions).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise GraftError(f'{args.questions}: {e}') from e
-    if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions): raise GraftError(f'{args.questions}: expected a JSON list of objects')
-    folder = Path(args.images or Path(args.questions).parent)
-    for q in questions:
-        if not isinstance(q.get('image'), str|None): raise GraftError(f"{args.questions}: question {q.get('id')!r} needs the path of one picture as `image`, or null")
-        q['image'] = q.get('image') and str(folder/q['image'])
-    return questions[:args.limit]
-
 def _asked(args):
     "Scores on questions of one's own, by type"
     import torch
+    from graftlab.asking import read_questions
     from graftlab.cli_train import open_vlm
     from graftlab.evaluate import evaluate as score, type_table
     from graftlab.files import write_json
-    questions = _questions(args)
+    questions = read_questions(args.questions, args.images)[:args.limit]
     vlm,processor,_ = open_vlm(args.model)
     vlm = vlm.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
     result = score(vlm, processor, questions, args.batch_size or 32, 16 if args.max_new_tokens is None else args.max_new_tokens, progress=sys.stderr.isatty())

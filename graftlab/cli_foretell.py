@@ -6,9 +6,7 @@
 __all__ = ['asked', 'foretell']
 
 # %% ../nbs/14k_cli_foretell.ipynb #14b00002
-import json
 import sys
-from pathlib import Path
 
 from .command import arg, command
 
@@ -19,14 +17,12 @@ def asked(
     limit:int=None, # Only the first so many
 )->list: # Questions as `foretell` takes them
     "Questions of a file, each about one picture; `GraftError` names one that is not"
+    from graftlab.asking import read_questions
     from graftlab.host import GraftError
-    try: questions = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise GraftError(f'{path}: {e}') from e
-    if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions): raise GraftError(f'{path}: expected a JSON list of objects')
-    folder = Path(images or Path(path).parent)
-    for q in questions[:limit]:
-        if not isinstance(q.get('image'), str): raise GraftError(f"{path}: question {q.get('id')!r} has no picture: `image` is the path of one")
-    return [dict(type='question') | q | dict(answer='', image=str(folder/q['image'])) for q in questions[:limit]]
+    questions = read_questions(path, images)[:limit]
+    for q in questions:
+        if not q['image']: raise GraftError(f"{path}: question {q['id']!r} has no picture: `image` is the path of one")
+    return [dict(type='question') | q | dict(answer='') for q in questions]
 
 # %% ../nbs/14k_cli_foretell.ipynb #14b0000d
 @command(arg('model', metavar='MODEL', help='model on a surrogate, RUN/model of `graftlab train 2`'),

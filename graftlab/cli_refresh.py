@@ -49,12 +49,7 @@ def sample(
     "Some of them, the same ones every time"
     return sorted(random.Random(seed).sample(range(len(items)), min(n, len(items))))
 
-def _cut(collate, record):
-    "Tokens of a record that were left out; an error names the record"
-    from graftlab.images import BadRecord
-    try: return collate.rows(record)[1]
-    except BadRecord as e: raise BadRecord(f"{record.get('where', 'record')} (id {record['id']!r}): {e}") from e
-
+# %% ../nbs/14j_cli_refresh.ipynb #14a60017
 def refresh_states(
     vlm, # Model on the surrogate
     processor, # Its processor
@@ -67,14 +62,17 @@ def refresh_states(
     max_length:int=2048, # Tokens of a record at most
 )->tuple: # `KeptStates` of records and of texts
     "The host's states for pictures and texts, in OUT/pictures and OUT/texts; `GraftError` where states of something else are there"
-    from graftlab.data import Collator
+    from graftlab.data import Collator, naming
     from graftlab.host import GraftError
     from graftlab.refresh import keep_seen
     from graftlab.teach import KeptStates, keep_states
     folders = [Path(out)/n for n in ('pictures', 'texts')]
     if not any(r.get('image') for r in records): raise GraftError('none of the records has a picture: `graftlab teach` teaches on text')
     collate = Collator.from_processor(processor, stage=3, max_length=max_length)
-    if cut := sum(_cut(collate, r) for r in records): print(f'{cut} tokens were left out: the ends of conversations longer than --max-length {max_length}')
+    cut = 0
+    for r in records:
+        with naming(r): cut += collate.rows(r)[1]
+    if cut: print(f'{cut} tokens were left out: the ends of conversations longer than --max-length {max_length}')
     told = json.dumps([[r['id'], str(r.get('image')), r['conversations']] for r in records])+json.dumps(texts)
     this = origin | dict(layer=layer, max_length=max_length, records=len(records), texts=len(texts))
     if all_kept(out, this, told, pictures=math.ceil(len(records)/64), texts=math.ceil(len(texts)/256)): return tuple(map(KeptStates, folders))

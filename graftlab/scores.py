@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BINARY_PROMPT', 'WORD_PROMPT', 'MME', 'TABLE8_COLUMNS', 'TABLE8', 'EvaluationError', 'normalize_answer',
-           'exact_match', 'wilson', 'paired_difference', 'over_seeds', 'binary_prompts', 'yes_no', 'yes_no_scores',
-           'mme_scores', 'score_table', 'average_score']
+           'exact_match', 'wilson', 'paired_difference', 'over_seeds', 'share_over_seeds', 'binary_prompts', 'yes_no',
+           'yes_no_scores', 'mme_scores', 'score_table', 'average_score']
 
 # %% ../nbs/07b_scores.ipynb #00000002
 import csv
@@ -86,6 +86,20 @@ def over_seeds(
     def _draw(): return np.mean([groups[i][rng.integers(len(groups[i]), size=len(groups[i]))].mean() for i in rng.integers(len(groups), size=len(groups))])
     low,high = np.quantile([_draw() for _ in range(draws)], [.5-confidence/2, .5+confidence/2])
     return float(np.mean([g.mean() for g in groups])),float(low),float(high)
+
+# %% ../nbs/07b_scores.ipynb #17535a75
+def share_over_seeds(
+    ours, # One number a seed, (n,)
+    theirs, # Those of the other method, (m,)
+    draws:int=4000, # Bootstrap samples
+    confidence:float=.95, # Share of the samples between the ends
+    seed:int=0, # Seed of the resampling
+)->tuple: # Mean of ours as a share of the mean of theirs, and the two ends of its interval
+    "One method's mean over seeds as a share of another's, with a bootstrap interval over the seeds of both; `EvaluationError` where there is nothing"
+    rng,a,b = np.random.default_rng(seed),np.asarray(ours, float),np.asarray(theirs, float)
+    if not len(a) or not len(b): raise EvaluationError(f'at least one seed of each is needed, got {len(a)} and {len(b)}')
+    low,high = np.quantile([rng.choice(a, len(a)).mean()/rng.choice(b, len(b)).mean() for _ in range(draws)], [.5-confidence/2, .5+confidence/2])
+    return float(a.mean()/b.mean()),float(low),float(high)
 
 # %% ../nbs/07b_scores.ipynb #0000001b
 BINARY_PROMPT = ' Please answer with yes or no.'
