@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encode_question', 'pack_candidates', 'picture_key', 'encode_pictures', 'PictureFeatures', 'embed_rows', 'score_rows',
-           'in_parts', 'evaluating', 'read_questions', 'check_questions', 'batches', 'chat_of', 'rank_candidates',
+           'evaluating', 'read_questions', 'check_questions', 'batches', 'chat_of', 'in_parts', 'rank_candidates',
            'greedy', 'generate_answers', 'without_pictures']
 
 # %% ../nbs/07a_asking.ipynb #bd930282
@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .chat import Chat, Kind, block_mask, pack
-from .host import attention_masks
+from .host import attention_masks, packs
 from .images import open_images, square
-from .prompts import plain_greedy
+from .prompts import plain_greedy, settings_aside
 from .scores import EvaluationError, normalize_answer
 from .vlm import image_features
 
@@ -113,7 +113,8 @@ def score_rows(
     pad = lambda key, value: nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=value).to(model.device)
     x,block = embed_rows(model, pad('input_ids', 0), features),pad('block', -1)
     positions = pad('position_ids', 0)
-    mask = attention_masks(model.config.get_text_config(decoder=True), block_mask(block), positions, x.dtype)
+    config = model.config.get_text_config(decoder=True)
+    mask = attention_masks(config, block_mask(block), positions, x.dtype) if packs(config) else (block>=0).long()
     source = torch.cat([b*block.shape[1]+r['source'] for b,r in enumerate(rows)]).to(x.device)
     need = torch.zeros_like(block, dtype=torch.bool).flatten().index_fill(0, source, True)
     logits = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False,
@@ -124,19 +125,6 @@ def score_rows(
     return [t/r['owner'].bincount() for r,t in zip(rows, total)] if normalize=='mean' else total
 
 # %% ../nbs/07a_asking.ipynb #8d985572
-def in_parts(
-    rows:list, # Packed questions, from `pack_candidates`
-    vocab:int, # Words of the model
-    most:int=2**28, # Logits at once: 1 GiB in float32
-)->list: # Lists of indices into `rows`, in order
-    "Parts of a batch whose logits fit into memory: a hundred candidates of a large vocabulary are gigabytes"
-    parts,held = [],0
-    for i,r in enumerate(rows):
-        need = len(r['source'])*vocab
-        if not parts or held+need>most: parts.append([]); held = 0
-        parts[-1].append(i); held += need
-    return parts
-
 @contextmanager
 def evaluating(
     model:nn.Module, # Model; each of its modules gets its own mode back
@@ -211,6 +199,20 @@ def chat_of(
     if image_id is None: return Chat(tokenizer, system)
     return Chat(tokenizer, system, tokenizer.convert_ids_to_tokens(image_id))
 
+# %% ../nbs/07a_asking.ipynb #07a0d002
+def in_parts(
+    rows:list, # Packed questions, from `pack_candidates`
+    vocab:int, # Words of the model
+    most:int=2**28, # Logits at once: 1 GiB in float32
+)->list: # Lists of indices into `rows`, in order
+    "Parts of a batch whose logits fit into memory: a hundred candidates of a large vocabulary are gigabytes"
+    parts,held = [],0
+    for i,r in enumerate(rows):
+        need = len(r['source'])*vocab
+        if not parts or held+need>most: parts.append([]); held = 0
+        parts[-1].append(i); held += need
+    return parts
+
 # %% ../nbs/07a_asking.ipynb #5b651693
 def rank_candidates(
     model, # `LlavaForConditionalGeneration`, or a decoder alone for questions without pictures
@@ -224,16 +226,17 @@ def rank_candidates(
     "Log-likelihood of each question's candidates, and the likeliest one"
     if normalize not in ('sum', 'mean'): raise EvaluationError(f"normalize must be 'sum' or 'mean', got {normalize!r}")
     check_questions(questions)
-    chat,pictures,scores = chat_of(model, processor, system),PictureFeatures(model, processor),[None]*len(questions)
+    chat,pictures,scores,text = chat_of(model, processor, system),PictureFeatures(model, processor),[None]*len(questions),model.config.get_text_config(decoder=True)
     with evaluating(model):
         for batch in batches(questions, batch_size, progress, 'rank'):
             asked = [questions[i] for i in batch]
-            features,rows = pictures(asked),[]
-            for q,f in zip(asked, features):
+            rows = []                                                # (question, packed row, image tokens)
+            for i,q,f in zip(batch, asked, pictures(asked)):
                 seqs,starts = zip(*[encode_question(chat, q, c, 0 if f is None else len(f)) for c in q['candidates']])
-                rows.append(pack_candidates(seqs, min(starts)))
-            for part in in_parts(rows, model.config.get_text_config(decoder=True).vocab_size):
-                for i,s in zip([batch[j] for j in part], score_rows(model, [rows[j] for j in part], [features[j] for j in part], normalize)): scores[i] = s
+                rows += [(i, pack_candidates(some, min(starts)), f) for some in ([seqs] if packs(text) else [[s] for s in seqs])]
+            for part in in_parts([r for _,r,_ in rows], text.vocab_size):
+                some = [rows[j] for j in part]
+                for (i,*_),s in zip(some, score_rows(model, [r for _,r,_ in some], [f for *_,f in some], normalize)): scores[i] = s if scores[i] is None else torch.cat([scores[i], s])
     return scores, [q['candidates'][int(s.argmax())] for q,s in zip(questions, scores)]
 
 # %% ../nbs/07a_asking.ipynb #c1dc571d
@@ -260,7 +263,7 @@ def generate_answers(
     check_questions(questions, ranked=False)
     chat,pictures,answers = chat_of(model, processor, system),PictureFeatures(model, processor),[None]*len(questions)
     config = greedy(model, chat, max_new_tokens)
-    with evaluating(model):
+    with evaluating(model), settings_aside(model):
         for batch in batches(questions, batch_size, progress, 'generate'):
             features,rows = pictures([questions[i] for i in batch]),[]
             for i,f in zip(batch, features):

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .host import GraftError
 
 # %% ../nbs/06e_attention.ipynb #00000005
 def attention_for(
@@ -25,6 +28,8 @@ def attention(
     kernel:str, # 'eager', 'sdpa', or another of transformers' names
 ):
     "Inside the block, all of a model's modules attend by one kernel"
+    known = ('eager', *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if kernel not in known: raise GraftError(f"attention = {kernel!r}: transformers knows {', '.join(known)}")
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, 'config')}
     old = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, '_attn_implementation')]
     try:

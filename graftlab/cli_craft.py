@@ -7,46 +7,55 @@ __all__ = ['DATA', 'SETTINGS', 'DTYPE', 'codebook', 'changed', 'open_speaker', '
 
 # %% ../nbs/14e_cli_craft.ipynb #00000002
 import os
+import sys
 from pathlib import Path
 
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14e_cli_craft.ipynb #095035cb
 DATA = (arg('--data', required=True, metavar='FILE', help='LLaVA conversations: .json, .jsonl, .arrow, .parquet'),
         arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'))
 SETTINGS = (arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr=1e-5'),
-            arg('--workers', type=int, default=0, help='processes that prepare batches ahead (default: 0)'))
+            arg('--workers', type=at_least(0), default=0, help='processes that prepare batches ahead (default: 0)'))
 DTYPE = arg('--dtype', choices=['bfloat16', 'float32'], default='float32', help='of the weights written (default: float32)')
 
 # %% ../nbs/14e_cli_craft.ipynb #00000008
 @command(arg('encoder', metavar='ENCODER', help='vision encoder: zoo name, checkpoint folder or hub id'),
          arg('out', metavar='OUT', help='folder for the tower'), *DATA,
-         arg('--entries', type=int, default=16384, help='size of the codebook (default: 16384)'),
-         arg('--depth', type=int, default=4, help='codes a patch (default: 4)'),
-         arg('--pictures', type=int, default=2000, help='of how many records (default: 2000)'),
-         arg('--image-size', type=int, metavar='PX', help="side of the square input (default: the encoder's own)"),
+         arg('--entries', type=at_least(1), default=16384, help='size of the codebook (default: 16384)'),
+         arg('--depth', type=at_least(1), default=4, help='codes a patch (default: 4)'),
+         arg('--pictures', type=at_least(1), default=2000, help='of how many records with pictures (default: 2000)'),
+         arg('--image-size', type=at_least(1), metavar='PX', help="side of the square input (default: the encoder's own)"),
          arg('--seed', type=int, default=0, help='of k-means (default: 0)'),
          examples='graftlab codebook vit-s14 tower --data chat.json --entries 1024 --image-size 112')
 def codebook(args):
     "Make a codebook of an encoder's features, and a tower that speaks it"
+    from itertools import islice
     import torch
+    from tqdm.auto import tqdm
     from transformers import AutoModel
     from graftlab.craft import make_tower
+    from graftlab.files import fresh_folder, write_json
     from graftlab.images import open_images, square
     from graftlab.records import load_conversations
-    from graftlab.vlm import image_processor, resize_tower
+    from graftlab.vlm import image_processor, own_place, resize_tower
     from graftlab.zoo import get_encoder
     records,source = load_conversations(args.data, args.images),get_encoder(args.encoder)
-    encoder = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    encoder = getattr(encoder, 'vision_model', encoder).eval()
+    whole = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    encoder = getattr(whole, 'vision_model', whole).eval()
     if args.image_size: resize_tower(encoder, args.image_size)
     processor = image_processor(source, encoder.config.image_size)
     def _pixels(r): return processor([square(im, processor.image_mean) for im in open_images(r)], return_tensors='pt', input_data_format='channels_last')['pixel_values']
-    pictures = (torch.as_tensor(_pixels(records[i])) for i in range(min(args.pictures, len(records))) if records[i]['image'])
+    seen = list(islice((i for i in range(len(records)) if records[i]['image']), args.pictures))
+    pictures = (torch.as_tensor(_pixels(records[i])) for i in tqdm(seen, 'features', disable=not sys.stderr.isatty(), unit='record'))
     tower = make_tower(encoder, pictures, args.entries, args.depth, seed=args.seed)
-    tower.save_pretrained(args.out); processor.save_pretrained(args.out)
+    for k in ('logit_scale', 'logit_bias'):                          # the encoder's own temperature and bias, where it has them: CRAFT starts from them
+        if getattr(whole, k, None) is not None: setattr(tower.config, k, getattr(whole, k).item())
+    with fresh_folder(own_place(args.out, 'tower')) as new:
+        tower.save_pretrained(new); processor.save_pretrained(new)
+        write_json(new/'graftlab.json', dict(kind='tower', codebook=tower.quantizer.identity(), pictures=len(seen)))
     told = tower.quantizer.identity()
-    print(f"{args.out}: {told['size']} entries x {told['dim']}, depth {told['depth']}, sha256 {told['sha256'][:12]}")
+    print(f"{args.out}: {told['size']} entries x {told['dim']}, depth {told['depth']}, sha256 {told['sha256'][:12]}, of {len(seen)} records with pictures")
 
 # %% ../nbs/14e_cli_craft.ipynb #0000000b
 def changed(
@@ -88,6 +97,7 @@ def _write(vlm, processor, out, args):
          examples='graftlab speak runs/speak --llm smollm2 --tower tower --data captions.json --instruct chat.json --set projector.steps=500 llm.steps=2000')
 def speak(args):
     "Make a language model speak a codebook: projector, then projector and language model"
+    import torch
     from graftlab.craft import speak_llm, speak_projector, teach_codebook
     from graftlab.data import Collator
     from graftlab.records import load_conversations
@@ -97,6 +107,7 @@ def speak(args):
     for name,make in dict(projector=speak_projector, llm=speak_llm).items():
         other = {'projector': 'llm.', 'llm': 'projector.'}[name]
         recipes[name] = changed(make, [s.removeprefix(f'{name}.') for s in args.set if not s.startswith(other)])
+    torch.manual_seed(recipes['projector'].seed)                     # of the new projector
     vlm,processor = build_vlm(get_llm(args.llm), get_encoder(args.tower))
     for (name,recipe),source in zip(recipes.items(), (args.data, args.instruct or args.data)):
         done = teach_codebook(vlm, load_conversations(source, args.images), Collator.from_processor(processor, recipe.stage), recipe, Path(args.out)/name, workers=args.workers)

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14b_cli_cut.ipynb #00000007
 def _zoo_rows(rows):
@@ -74,22 +74,25 @@ def _batches(model, tokenizer, chats, args):
 def _measured(args, out):
     "The trajectory that the arguments ask for"
     from graftlab.host import GraftError
-    from graftlab.trajectory import prediction_trajectory
+    from graftlab.trajectory import comparable, prediction_trajectory
     from graftlab.zoo import get_data, get_llm
     if args.greedy and args.stream: raise GraftError('--greedy needs the whole model in memory to let it write: leave --stream away')
     folder = get_llm(args.model)
     tokenizer,chats = _tokenizer(folder),_conversations(args.texts or get_data('text')/'text.jsonl', args.samples, args.seed)
     model,how = (folder, dict(work=out/'work', dtype=args.dtype)) if args.stream else (_load(folder, args.dtype), {})
-    return prediction_trajectory(model, _batches(model, tokenizer, chats, args), args.responses or bool(args.greedy), details=args.details,
-                                 progress=sys.stderr.isatty(), **how)
+    answers = args.responses or bool(args.greedy)
+    whole = _batches(model, tokenizer, chats, args)
+    batches,short = comparable(whole, answers)
+    if short and batches: print(f"{short} of {len(chats)} conversations left out: fewer than two tokens{' of answers' if answers else ''} to compare (--max-tokens {args.max_tokens})", file=sys.stderr)
+    return prediction_trajectory(model, batches or whole, answers, details=args.details, progress=sys.stderr.isatty(), **how)
 
 # %% ../nbs/14b_cli_cut.ipynb #0000000f
 @command(arg('model', metavar='MODEL', help='zoo name, checkpoint folder or hub id of a decoder'),
-         arg('--samples', type=int, default=300, help='conversations to look at (default: 300)'),
+         arg('--samples', type=at_least(1), default=300, help='conversations to look at (default: 300)'),
          arg('--texts', metavar='FILE', help="JSON lines with `messages` (default: the zoo's text)"),
-         arg('--max-tokens', type=int, default=256, help='cut conversations to this many tokens (default: 256)'),
+         arg('--max-tokens', type=at_least(1), default=256, help='cut conversations to this many tokens (default: 256)'),
          arg('--responses', action='store_true', help='count the tokens of answers only'),
-         arg('--greedy', type=int, metavar='N', help="let the model write the answers, of at most N tokens, and count those only"),
+         arg('--greedy', type=at_least(1), metavar='N', help="let the model write the answers, of at most N tokens, and count those only"),
          arg('--details', action='store_true', help='also keep agreement with the last layer, and entropy'),
          arg('--stream', action='store_true', help='one layer in memory at a time; goes on where it was stopped'),
          arg('--dtype', choices=['float32', 'bfloat16', 'auto'], default='float32', help='to compute in; auto: as stored (default: float32)'),
@@ -124,7 +127,7 @@ def _spans(text):
          arg('--start', type=int, help='a: the layer that becomes the translator'),
          arg('--end', type=int, help='b: the last layer removed'),
          arg('--spans', type=_spans, metavar='A:B,...', help='several cuts, in place of --start and --end'),
-         arg('--translators', type=int, default=1, help='layers from each start on that stay as translators (default: 1)'),
+         arg('--translators', type=at_least(1), default=1, help='layers from each start on that stay as translators (default: 1)'),
          arg('--dtype', help='another float type, e.g. bfloat16 (default: as stored)'),
          arg('--dry-run', action='store_true', help='print what would be done, write nothing'),
          arg('--verify', action='store_true', help='read both sides again and compare checksums'),

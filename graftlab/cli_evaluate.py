@@ -9,7 +9,7 @@ __all__ = ['evaluate', 'report', 'demo']
 import sys
 from pathlib import Path
 
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000005
 def _print(rows, columns):
@@ -75,13 +75,13 @@ def _lmms(args):
          arg('--lmms', action='store_true', help='score the vision-language model with lmms-eval, in place of FILE'),
          arg('--tasks', nargs='+', default=['paper'], metavar='TASK',
              help="with --text or --lmms: the harness's tasks (default: paper, the eight of Table A.5 with their shots, or the paper's benchmarks)"),
-         arg('--shots', type=int, help="with --text: examples before each question (default: those of Table A.5, or the task's own)"),
+         arg('--shots', type=at_least(0), help="with --text: examples before each question (default: those of Table A.5, or the task's own)"),
          arg('--include', metavar='DIR', help="with --text or --lmms: folder of further tasks in the harness's YAML"),
          arg('--chat', action='store_true', help="with --text: put questions into the model's chat template"),
          arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
-         arg('--limit', type=int, help='only the first so many questions, of each task'),
-         arg('--batch-size', type=int, help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
-         arg('--max-new-tokens', type=int, help='with FILE: tokens of an answer at most (default: 16; CRAFT allows 5)'),
+         arg('--limit', type=at_least(1), help='only the first so many questions, of each task'),
+         arg('--batch-size', type=at_least(1), help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
+         arg('--max-new-tokens', type=at_least(1), help='with FILE: tokens of an answer at most (default: 16; CRAFT allows 5)'),
          arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
          examples='graftlab evaluate grafted questions.json --out scores.json\n'
                   'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'
@@ -112,7 +112,7 @@ def report(args):
          arg('--out', metavar='DIR', default='runs/demo', help='folder of the run (default: runs/demo)'),
          arg('--seed', type=int, default=0, help='of adapters and of the order of data (default: 0)'),
          arg('--precision', choices=['fp32', 'bf16'], help='to compute in (default: measured, whichever is faster here; it decides the last digits)'),
-         arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than 12 minutes; small at best teaches shapes)'),
+         arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than a quarter of an hour; small at best teaches shapes)'),
          arg('--paper', action='store_true', help="the paper's way: translator and adapter learn together from labels (its stage 1), no stage 0, no noise at the cut, no refresh"),
          arg('--no-refresh', dest='refresh', action='store_false', help='leave out the refresh, in which after stage 2 the host teaches the translators on pictures, and the further steps of stage 2'),
          examples='graftlab demo\ngraftlab demo --quick --out runs/quick\ngraftlab demo --seed 1 --out runs/seed1\ngraftlab demo --paper --out runs/paper')

@@ -8,7 +8,7 @@ __all__ = ['asked', 'foretell']
 # %% ../nbs/14k_cli_foretell.ipynb #14b00002
 import sys
 
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14k_cli_foretell.ipynb #14b00005
 def asked(
@@ -29,10 +29,10 @@ def asked(
          arg('host', metavar='HOST', help='the full model that the surrogate was cut out of: zoo name, checkpoint folder or hub id'),
          arg('questions', metavar='FILE', help='JSON list of questions about pictures: id, image, question, type; no answers'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: where FILE is)'),
-         arg('--limit', type=int, default=200, metavar='N', help='only the first so many questions (default: 200)'),
+         arg('--limit', type=at_least(1), default=200, metavar='N', help='only the first so many questions (default: 200)'),
          arg('--system', help="system prompt as in training (default: the template's own)"),
-         arg('--max-new-tokens', type=int, default=16, metavar='N', help='tokens of an answer at most (default: 16)'),
-         arg('--batch-size', type=int, default=16, metavar='N', help='questions at a time (default: 16)'),
+         arg('--max-new-tokens', type=at_least(1), default=16, metavar='N', help='tokens of an answer at most (default: 16)'),
+         arg('--batch-size', type=at_least(1), default=16, metavar='N', help='questions at a time (default: 16)'),
          arg('--out', metavar='FILE', help='write the numbers as JSON'),
          examples='graftlab foretell runs/s2/model smollm2 questions.json\n'
                   'graftlab foretell runs/s2/model smollm2 questions.json --images pictures --limit 500 --out foretold.json')

@@ -9,7 +9,7 @@ __all__ = ['read_responses', 'judge']
 import json
 from pathlib import Path
 
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14f_cli_judge.ipynb #00000005
 def read_responses(
@@ -44,9 +44,9 @@ def _report(args, result, total):
          arg('--api', choices=['openai', 'anthropic'], default='openai', help='dialect of the server (default: openai)'),
          arg('--key-env', metavar='NAME', help='environment variable with the key (default: none is sent)'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the questions)'),
-         arg('--samples', type=int, default=350, help='questions to draw at most (default: 350)'),
+         arg('--samples', type=at_least(1), default=350, help='questions to draw at most (default: 350)'),
          arg('--seed', type=int, default=0, help='which questions (default: 0)'),
-         arg('--concurrency', type=int, default=8, help='requests at a time (default: 8)'),
+         arg('--concurrency', type=at_least(1), default=8, help='requests at a time (default: 8)'),
          arg('--prices', type=float, nargs=2, default=(0, 0), metavar=('IN', 'OUT'), help='of a million input and output tokens'),
          arg('--max-cost', type=float, help='send nothing if the estimate is above this'),
          arg('--estimate', action='store_true', help='print the estimate and stop'),

@@ -7,7 +7,7 @@ __all__ = ['domain_pixels', 'codes', 'prune']
 
 # %% ../nbs/14h_cli_prune.ipynb #00000002
 from .cli_craft import DATA, DTYPE
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14h_cli_prune.ipynb #00000008
 def domain_pixels(
@@ -17,15 +17,18 @@ def domain_pixels(
 ): # Yields pixels (1, 3, H, W) of each picture, each once
     "Pictures of conversations as an encoder takes them"
     import torch
+    from tqdm.auto import tqdm
     from graftlab.images import image_sources, open_images, square
-    seen = set()
+    seen,bar = set(),tqdm(total=most, desc='pictures', disable=None, leave=False)          # None: no bar where there is no terminal
     for i in range(len(records)):
         new = [s for s in image_sources(records[i]) if str(s) not in seen]
         for im in open_images(dict(id=records[i]['id'], image=new[:most-len(seen)])):
             px = processor([square(im, processor.image_mean or (0, 0, 0))], return_tensors='pt', input_data_format='channels_last')['pixel_values']
             yield torch.as_tensor(px)
+            bar.update()
         seen |= set(map(str, new))
-        if len(seen)>=most: return
+        if len(seen)>=most: break
+    bar.close()
 
 # %% ../nbs/14h_cli_prune.ipynb #0000000c
 def _speaker(folder):
@@ -46,7 +49,7 @@ def _speaker(folder):
 # %% ../nbs/14h_cli_prune.ipynb #72eea700
 @command(arg('model', metavar='MODEL', help='model or tower that speaks a codebook, e.g. from `graftlab speak` or `codebook`'),
          arg('--data', metavar='FILE', help='LLaVA conversations, to see how their pictures use it'), DATA[1],
-         arg('--pictures', type=int, default=200, help='how many pictures (default: 200)'),
+         arg('--pictures', type=at_least(1), default=200, help='how many pictures (default: 200)'),
          examples='graftlab codes tower\ngraftlab codes runs/speak/model --data domain.json --pictures 50')
 def codes(args):
     "Show which codebook a model speaks, and how pictures use it"
@@ -68,7 +71,7 @@ def codes(args):
 @command(arg('model', metavar='MODEL', help='model that speaks a codebook, e.g. from `graftlab speak` or `plug`'),
          arg('out', metavar='OUT', help='folder for the pruned model'), *DATA,
          arg('--keep', type=float, default=.8, metavar='RATIO', help='share of image tokens to keep, above 0, at most 1 (default: 0.8)'),
-         arg('--pictures', type=int, default=2000, help='pictures of the domain whose codes are counted (default: 2000)'),
+         arg('--pictures', type=at_least(1), default=2000, help='pictures of the domain whose codes are counted (default: 2000)'),
          arg('--alpha', type=float, default=1., help='added to the count of every code (default: 1)'), DTYPE,
          examples='graftlab prune runs/speak/model pruned --data domain.json\ngraftlab prune adapted pruned --data domain.json --keep 0.5\n'
                   'graftlab evaluate pruned questions.json')

@@ -14,7 +14,7 @@ from pathlib import Path
 from .cli_cut import _load, _tokenizer
 from .cli_teach import all_kept, lesson, lessons, one_process, read_chats
 from .cli_train import left_out, open_vlm
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14j_cli_refresh.ipynb #14a60007
 def on_surrogate(
@@ -106,13 +106,13 @@ def save_refreshed(
          arg('out', metavar='OUT', help='folder of the run; OUT/model is the refreshed model'),
          arg('--data', required=True, metavar='FILE', help='LLaVA conversations with pictures, best those of stage 2'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'),
-         arg('--max-length', type=int, default=2048, help='tokens of a conversation at most, as in `train` (default: 2048)'),
+         arg('--max-length', type=at_least(1), default=2048, help='tokens of a conversation at most, as in `train` (default: 2048)'),
          arg('--on-error', choices=['stop', 'skip'], default='stop', help='stop at a conversation that cannot be used (default), or leave out and list the bad ones, as in `train`'),
-         arg('--records', type=int, default=300, metavar='N', help='how many conversations the host is shown (default: 300)'),
+         arg('--records', type=at_least(1), default=300, metavar='N', help='how many conversations the host is shown (default: 300)'),
          arg('--chats', metavar='FILE', help="conversations without pictures in LLaVA's format, or JSON lines with `messages` (default: the zoo's text)"),
-         arg('--texts', type=int, default=400, metavar='N', help='how many of them (default: 400)'),
-         arg('--max-tokens', type=int, default=256, metavar='N', help='cut texts to this many tokens (default: 256)'),
-         arg('--steps', type=int, metavar='N', help='optimiser steps (default: 80)'),
+         arg('--texts', type=at_least(0), default=400, metavar='N', help='how many of them (default: 400)'),
+         arg('--max-tokens', type=at_least(1), default=256, metavar='N', help='cut texts to this many tokens (default: 256)'),
+         arg('--steps', type=at_least(1), metavar='N', help='optimiser steps (default: 80)'),
          arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. lr=1e-4 batch_size=16'),
          examples='graftlab refresh runs/s2/model smollm2 runs/refresh --data chat.json\n'
                   'graftlab train 2 runs/s2b --model runs/refresh/model --data chat.json --set steps=100\n'

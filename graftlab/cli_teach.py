@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .cli_cut import _conversations, _load, _tokenizer
-from .command import arg, command
+from .command import arg, at_least, command
 
 # %% ../nbs/14i_cli_teach.ipynb #6598f369
 def check_pair(
@@ -156,8 +156,8 @@ def save_taught(
          arg('host', metavar='HOST', help='the full model that it was cut out of: zoo name, checkpoint folder or hub id'),
          arg('out', metavar='OUT', help='folder of the run; OUT/model is the taught surrogate'),
          arg('--data', metavar='FILE', help="conversations without pictures in LLaVA's format, or JSON lines with `messages` (default: the zoo's text)"),
-         arg('--steps', type=int, metavar='N', help='optimiser steps (default: one pass over the data)'),
-         arg('--max-tokens', type=int, default=256, metavar='N', help='cut conversations to this many tokens (default: 256)'),
+         arg('--steps', type=at_least(1), metavar='N', help='optimiser steps (default: one pass over the data)'),
+         arg('--max-tokens', type=at_least(1), default=256, metavar='N', help='cut conversations to this many tokens (default: 256)'),
          arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. lr=5e-4 batch_size=32'),
          arg('--config', metavar='TOML', help='recipe file: fields of the recipe, table [stage0]; --set and --steps count last'),
          examples='graftlab teach surrogate smollm2 runs/teach\n'

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from .host import GraftError
 from .images import BadRecord
@@ -136,7 +137,7 @@ def embed_texts(
     ids = [torch.tensor(tokenizer(t, add_special_tokens=False)['input_ids'][:512] or [0]) for t in texts]
     order,out = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids)
     device = next(model.parameters()).device
-    for s in range(0, len(order), batch_size):
+    for s in tqdm(range(0, len(order), batch_size), 'sentences', disable=None, leave=False):      # None: no bar where there is no terminal
         part = order[s:s+batch_size]
         x = nn.utils.rnn.pad_sequence([ids[i] for i in part], batch_first=True).to(device)
         mask = torch.arange(x.shape[1], device=device)<torch.tensor([len(ids[i]) for i in part], device=device)[:,None]

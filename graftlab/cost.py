@@ -207,7 +207,7 @@ class Plan:
                  f"{f'{s.seconds:.4g}':>8}{'*' if s.measured else ' '} {s.hours:8.2f}" for s in self.stages]
         parts = [f"{'':5} memory of stage {s.stage}: "+', '.join(f'{k} {v/1e9:.2f}' for k,v in s.memory.items())+' GB' for s in self.stages]
         foot = f"{self.gpus} device(s) at {self.rate/1e12:.4g} TFLOP/s each: {self.hours:.2f} hours"
-        return '\n'.join([head, *lines, *parts, foot+('  (* measured)' if any(s.measured for s in self.stages) else '')])
+        return '\n'.join([head, *lines, *parts, foot+('  (* given)' if any(s.measured for s in self.stages) else '')])
 
 # %% ../nbs/12_cost.ipynb #0000001c
 def _ranks(recipe, gpus):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Terms', 'CARD', 'make_tower', 'commitment', 'WithSentences', 'craft_terms', 'craft_loss', 'speak_projector',
            'speak_llm', 'check_speaks', 'teach_codebook', 'CraftRecipe', 'craft_recipe', 'craft_names', 'CraftStep',
-           'train_craft', 'save_encoder', 'plug_in']
+           'train_craft', 'save_encoder', 'plug_in', 'sigmoid_contrastive']
 
 # %% ../nbs/10_craft.ipynb #00000002
 import json
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from .contrastive import ContrastiveHead, TextBank, draw_sentence, embed_texts
+from .contrastive import ContrastiveHead, TextBank, draw_sentence, embed_texts, sigmoid_contrastive
 from .files import fresh_folder, write_json
 from .host import GraftError
 from .quantize import ResidualQuantizer, check_codebook, make_codebook
@@ -27,7 +27,10 @@ from .recipe import Recipe
 from .sharding import whole
 from .tower import QuantizedTower, quantize_tower
 from .train import StepLoss, answer_loss, fit, make_accelerator
-from .vlm import embed, run_tower, set_trainable, tower_layers, trainable_names
+from .vlm import embed, own_place, run_tower, set_trainable, tower_layers, trainable_names
+
+# %% ../nbs/10_craft.ipynb #10f00001
+_all_ = ['sigmoid_contrastive'] # CRAFT's third loss has a notebook of its own
 
 # %% ../nbs/10_craft.ipynb #00000008
 @torch.no_grad()
@@ -234,7 +237,7 @@ def save_encoder(
 )->Path: # The folder; AutoModel loads it as a `QuantizedTower`
     "Write the tower as a CRAFT graft: model.safetensors, config.json, graftlab.json with the codebook's identity, image processor, card"
     tower = check_speaks(vlm)
-    with fresh_folder(folder) as tmp:
+    with fresh_folder(own_place(folder, 'craft')) as tmp:
         tower.save_pretrained(tmp)
         processor.image_processor.save_pretrained(tmp)
         write_json(tmp/'graftlab.json', dict(kind='craft', codebook=tower.quantizer.identity(), **info))

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 
+from .checkpoint import source_commit
 from .demo_plan import PLANS, Plan, affordable, cuts, fastest_precision, product_speeds
 from .demo_run import Run, collect, measured, now
 from .evaluate import evaluate, without_pictures
@@ -39,7 +40,7 @@ def find_cuts(
     "Trajectory of the host on chats and its transition point; writes trajectory.json and models.json"
     if not (run.out/'phases'/'trajectory.json').exists():
         with run.phase('trajectory', 'Prediction trajectory'):
-            host = AutoModelForCausalLM.from_pretrained(run.llm, dtype=torch.float32).eval()
+            host = AutoModelForCausalLM.from_pretrained(run.llm, dtype=torch.float32, use_safetensors=True).eval()
             chats = run.chats()[-run.plan.samples:]                                  # stage 0 takes the first ones
             t = prediction_trajectory(host, chat_batches(run.tokenizer(), chats, batch_size=10), response_only=True, progress=bool(run.progress))
             found = find_transition(t.kl)
@@ -130,7 +131,7 @@ def encoder_training(
         with run.phase(f'stage1-{name}', f'Stage 1, {title}') as note:
             measured(note, first_stage(run, name, vlm, batches(run, vlm, processor, 1), common, translators, **kw))
     with run.phase(f'stage{2+full}-{name}', f'Stage {2+full}, {title}') as note:
-        recipe = stage3(steps=steps, **common|dict(lr=5e-5)) if full else stage2(steps=steps, cut_noise=0. if p.paper else p.cut_noise, **common)
+        recipe = stage3(steps=steps, **common|dict(lr=5e-5)) if full else stage2(steps=steps, cut_noise=0. if p.paper else p.cut_noise, cut_noise_unit=p.cut_noise_unit, **common)
         measured(note, train(vlm, run.records(), batches(run, vlm, processor, 2+full), recipe, run.out/f'stage{2+full}-{name}', translators, **kw))
     cast_weights(vlm, run.dtype)
 
@@ -154,7 +155,7 @@ def refreshed(
             some = Subset(texts, range(0, len(texts), max(1, len(texts)//p.refresh_pictures)))
             measured(note, refresh(vlm, seen, some, recipe, run.out/f'refresh-{name}', translators, progress=run.progress))
     with run.phase(f'again-{name}', f'Stage 2 goes on, {title}') as note:
-        recipe = stage2(steps=p.again_steps, cut_noise=p.cut_noise, **_common(run)|dict(seed=run.seed+100))
+        recipe = stage2(steps=p.again_steps, cut_noise=p.cut_noise, cut_noise_unit=p.cut_noise_unit, **_common(run)|dict(seed=run.seed+100))
         measured(note, train(vlm, run.records(), batches(run, vlm, processor, 2), recipe, run.out/f'again-{name}', translators, start=start, progress=run.progress))
     cast_weights(vlm, run.dtype)
 
@@ -210,7 +211,7 @@ def surrogate_and_graft(
         title,translators = f'encoder on the {name}-cut surrogate',where[name][:1]
         encoder_training(run, name, vlm, processor, run.plan.steps if late else run.plan.early_steps, title, translators)
         if run.plan.refresh: refreshed(run, name, vlm, processor, title, translators)
-        save_graft(vlm, run.out/f'graft-{name}', processor, fingerprint(run.llm), name='SmolLM2-135M-Instruct', stage=2, cut=list(where[name]), seed=run.seed)
+        save_graft(vlm, run.out/f'graft-{name}', processor, fingerprint(run.llm), name='SmolLM2-135M-Instruct', stage=2, cut=list(where[name]), seed=run.seed, commit=source_commit(), plan=dataclasses.asdict(run.plan))
         return vlm, processor
     def _plugged():
         if not (run.out/f'graft-{name}').exists(): _on_surrogate()
@@ -269,6 +270,7 @@ def demo(
     refresh:bool=True, # After stage 2 the host teaches the translator on pictures, and stage 2 goes on; not with `paper`
 )->Path: # The page, report.html
     "Grafting end to end on real weights and pictures (Sections 1 and 2 in small); writes a run folder and its page"
+    if quick and size: raise GraftError(f"quick is a size of its own: leave out --quick, or --size {size}")
     if not plan:
         size,precision = settled(out, 'quick' if quick else size, precision)
         plan = PLANS[size]

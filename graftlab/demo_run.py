@@ -13,17 +13,16 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .checkpoint import source_commit
 from .demo_claims import claims, departures
 from .demo_plan import QUICK, Plan, fastest_precision
 from .files import write_json
@@ -143,7 +142,7 @@ def collect(
     if len(rows)==len(order): _examples(run, files)
     t = run.read('trajectory.json')
     write_json(run.out/'run.json', dict(title='Zero-shot grafting, end to end'+(' (quick: numbers mean nothing)' if run.quick else ''), command=command, seed=run.seed,
-        quick=run.quick, commit=_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=departures(run.plan.paper, run.plan.refresh),
+        quick=run.quick, commit=source_commit(), versions=_versions(), machine=_machine(), started=run.started, finished=finished, departures=departures(run.plan.paper, run.plan.refresh),
         claims=claims(rows, t['transition']) if len(rows)==len(order) and not run.quick else [], headline=None))
 
 # %% ../nbs/16d_demo_run.ipynb #21763cff
@@ -159,13 +158,6 @@ def _examples(run, files, n=12):
     write_json(run.out/'examples.json', out)
 
 # %% ../nbs/16d_demo_run.ipynb #b7229848
-def _commit():
-    "Commit of the source tree, if this is one"
-    here = Path(find_spec('graftlab').origin).resolve().parents[1]
-    if not (here/'.git').exists() or not shutil.which('git'): return None
-    found = subprocess.run(['git', '-C', str(here), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-    return found.stdout.strip() or None
-
 def _versions(): return dict(python=platform.python_version(), **{p: version(p) for p in ('graftlab', 'torch', 'transformers', 'accelerate')})
 
 def _machine():

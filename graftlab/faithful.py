@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from .asking import evaluating, generate_answers
@@ -76,7 +77,7 @@ def faithfulness(
 )->Faithfulness: # float32 (R,) each, in the records' order
     "KL(host || surrogate), agreement of likeliest tokens, and cosine of the gradients into the image tokens, record by record"
     out,words = [],min(m.lm_head.weight.shape[0] for m in (host, surrogate))
-    for i in range(0, len(records), batch_size):
+    for i in tqdm(range(0, len(records), batch_size), 'graft KL', disable=None, leave=False):      # None: no bar where there is no terminal
         batch = collate(records[i:i+batch_size])
         if len(batch.get('pixel_values', ()))!=len(batch['ids']): raise GraftError(f"one picture a record is expected, records {batch['ids']} have others")
         if len(batch['response'].unique())!=len(batch['ids']): raise GraftError(f"one answer a record is expected, records {batch['ids']} have others: see own_answers")

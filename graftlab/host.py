@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'CAPS', 'LISTS', 'INDEX_SETS', 'FIRST', 'PATTERNS', 'SHARED', 'GraftError', 'HostMismatch',
-           'UnsupportedConfig', 'BadCheckpoint', 'logit_scale', 'logit_cap', 'find_decoder', 'Host', 'renumber',
-           'attention_masks', 'layer_fields', 'layer_of', 'rename_layer', 'text_name', 'open_shard', 'tensor_files',
-           'fingerprint', 'checkpoint_hash']
+           'UnsupportedConfig', 'BadCheckpoint', 'BadArgument', 'logit_scale', 'logit_cap', 'find_decoder', 'Host',
+           'renumber', 'packs', 'attention_masks', 'layer_fields', 'layer_of', 'rename_layer', 'text_name',
+           'open_shard', 'tensor_files', 'fingerprint', 'checkpoint_hash']
 
 # %% ../nbs/00_host.ipynb #33fb4474
 import hashlib, json, re
@@ -23,6 +23,7 @@ class GraftError(Exception): "Anything that graftlab refuses to do; the message 
 class HostMismatch(GraftError): "A graft or surrogate was made for another host"
 class UnsupportedConfig(GraftError): "A decoder family, or a cut through one, that cannot be handled without being wrong"
 class BadCheckpoint(GraftError): "A checkpoint folder that is incomplete, damaged or not safetensors"
+class BadArgument(GraftError, ValueError): "A value that an argument does not take"
 
 # %% ../nbs/00_host.ipynb #b1cd23bc
 SCALES = dict(logit_scale=1, lm_head_multiplier=1, output_multiplier=1, logits_scaling=-1) # config field -> power of the factor
@@ -139,13 +140,24 @@ def renumber(
             if hasattr(m, 'layer_idx'): m.layer_idx = i
 
 # %% ../nbs/00_host.ipynb #5f1d0a02
+def packs(
+    config, # Text config of a decoder
+)->bool: # Sequences that a mask keeps apart may share a row
+    "Whether every layer is attention that heeds mask and position ids; state of a recurrent or convolutional layer runs on from one sequence to the next"
+    kinds = {*(getattr(config, 'layer_types', None) or ()), *(getattr(config, 'layers_block_type', None) or ())}
+    fields = config.to_dict()
+    alibi = fields.get('alibi') or (fields.get('attn_config') or {}).get('alibi') or fields.get('position_embedding_type')=='alibi' or config.model_type=='bloom'
+    other = alibi or fields.get('attention_chunk_size') or any(k.startswith(('mamba_', 'ssm_')) for k in fields)
+    return not other and kinds<={'full_attention', 'sliding_attention', 'attention'}
+
 def attention_masks(
     config, # Text config of a decoder
     allowed:Tensor, # Bool (B, 1, N, N): True where a token (third axis) may attend to a token (fourth), were there no window
     position_ids:Tensor, # Positions of the tokens (B, N)
     dtype:torch.dtype, # Of the hidden states
 )->Tensor|dict: # (B, 1, N, N): 0 where allowed, the dtype's lowest number elsewhere; by kind of layer where the family has two
-    "Masks to hand to a decoder in place of its own, with the sliding windows of its family"
+    "Masks to hand to a decoder in place of its own, with the sliding windows of its family; `UnsupportedConfig` where `packs` is False"
+    if not packs(config): raise UnsupportedConfig(f"{config.model_type}: not every layer heeds a mask, so sequences cannot share a row; leave packing out")
     additive = lambda ok: torch.zeros(ok.shape, dtype=dtype, device=ok.device).masked_fill(~ok, torch.finfo(dtype).min)
     window = getattr(config, 'sliding_window', None)
     if not window: return additive(allowed)
@@ -268,10 +280,12 @@ def _part(get, name:str)->Tensor:
     if len(shape)<2: return t[:] if shape else t[...]
     return torch.cat([t[r:r+1] for r in sorted({r*shape[0]//16 for r in range(16)})])
 
+_RENAMED = re.compile(r'\.experts|\.(block_sparse_moe|router|moe_statics)\b|\.mlp\.gate\b|rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$')
+
 def _digest(names:Iterable[str], get, pool:ThreadPoolExecutor|None=None)->str:
     "SHA-256 over the parts, in an order that does not depend on wrappers"
     key = lambda n: 'embed' if _EMBED.match(n) else _LAYER.sub(r'\2\3', n)
-    wanted = {key(n):n for n in names if _EMBED.match(n) or (layer_of(n) is not None and '.experts' not in n)}
+    wanted = {key(n):n for n in names if _EMBED.match(n) or (layer_of(n) is not None and not _RENAMED.search(n))}
     if 'embed' not in wanted or len(wanted)<2: raise BadCheckpoint("no embedding or no decoder layers among the tensor names; is this a decoder?")
     h,keys = hashlib.sha256(),sorted(wanted)
     parts = pool.map(lambda k: _part(get, wanted[k]), keys) if pool else (_part(get, wanted[k]) for k in keys)
@@ -288,7 +302,10 @@ def fingerprint(
     if isinstance(source, Mapping):
         with ThreadPoolExecutor(16) as pool: return _digest(source, source.__getitem__, pool)
     if isinstance(source, nn.Module):
-        state = source.state_dict()
+        state,rows = source.state_dict(),getattr(source, 'own_rows', None)
+        if rows:                                                     # more were added for a placeholder
+            table = source.get_input_embeddings().weight
+            state = {n: v[:rows] if v.data_ptr()==table.data_ptr() else v for n,v in state.items()}
         if any(t.is_meta for t in state.values()): raise BadCheckpoint("a model on the meta device has no weights to fingerprint")
         return _digest(state, state.__getitem__)
     files = tensor_files(source)

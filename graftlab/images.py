@@ -73,7 +73,7 @@ def open_image(
             with Image.open(io.BytesIO(data)) as image: _check(image, max_pixels); return to_rgb(image)
     except BadImage as e: raise BadImage(f"{name}: {e}") from e
     except FileNotFoundError as e: raise BadImage(f"{name}: no such file; is the image folder right?") from e
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as e:
+    except (OSError, RuntimeError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as e:
         raise BadImage(f"{name}: cannot be read as a picture ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/03b_images.ipynb #73e115ed

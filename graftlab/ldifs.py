@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .host import GraftError
-from .train import StepLoss
+from .train import StepLoss, black_picture
 from .trainable import feature_stop
 from .vision import run_tower, tower_layers
 
@@ -82,11 +82,12 @@ class LdifsLoss(nn.Module):
         batch:dict, # What the collator gives, plus `weight` (T,), the tokens' factors
     )->Tensor: # Sum of weighted token losses plus lambda times the pictures' weighted distances, scalar
         "Task loss and distance of one micro-batch, the trained encoder run once for both"
-        if 'pixel_values' not in batch: return self.task(batch)
-        vlm,x = self.task.vlm,batch['pixel_values']
+        vlm,pictures = self.task.vlm,'pixel_values' in batch
+        x = batch['pixel_values'] if pictures else black_picture(vlm, self.start)      # text alone: the same layers run, for the sake of other ranks
         with torch.no_grad():
             if self.first>self.start: x = run_tower(vlm.model.vision_tower, x, self.start, self.first)
             before = tower_states(self.reference, x, self.first, self.stop)
         states = tower_states(vlm.model.vision_tower, x, self.first, self.stop)
+        if not pictures: return self.task(batch)+0*sum(s.sum() for s in states)
         distance = (ldifs(states, before)*picture_weights(batch, vlm.config.image_token_index)).sum()
         return self.task({**batch, 'pixel_values': states[-1]})+self.weight*distance

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .host import BadArgument
+
 # %% ../nbs/05_loss.ipynb #3e7cb591
 def _chunk_loss(hidden, head, target, weight):
     "Weighted sum of cross-entropies of a few tokens, in fp32"
@@ -55,7 +57,7 @@ def response_weights(
 )->Tensor: # Weights, fp32 (R,)
     "Dynamic weights of responses (Section A.11, Figure A.4)"
     L = lengths.float()
-    if (L<1).any(): raise ValueError(f"a response without a supervised token has no weight; lengths {lengths.tolist()[:10]}")
+    if (L<1).any(): raise BadArgument(f"a response without a supervised token has no weight; lengths {lengths.tolist()[:10]}")
     if mode=='paper':
         u = L.log1p()**-ord
         return u*L.sum()/u.sum()
@@ -63,10 +65,10 @@ def response_weights(
         w = (L.max().log1p()/L.log1p())**ord
         return (w/w.mean()).clamp(max=1)
     if mode=='literal':
-        if (L==1).any(): raise ValueError("mode 'literal' divides by log(1) = 0 for a response of one token; use 'paper'")
+        if (L==1).any(): raise BadArgument("mode 'literal' divides by log(1) = 0 for a response of one token; use 'paper'")
         w = (L.max()/L.log())**ord
         return w*L.sum()/w.sum()
-    raise ValueError(f"mode must be 'paper', 'official' or 'literal', got {mode!r}")
+    raise BadArgument(f"mode must be 'paper', 'official' or 'literal', got {mode!r}")
 
 # %% ../nbs/05_loss.ipynb #043eeffc
 def token_factors(

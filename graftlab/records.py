@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, get_worker_info
 from tqdm.auto import tqdm
 
+from .host import BadArgument
 from .images import BadImage, BadRecord, image_path, image_sources, open_images
 
 # %% ../nbs/03a_records.ipynb #00000005
@@ -85,7 +86,7 @@ class Conversations(Dataset):
         image_folder=None, # Folder that image paths are relative to
         on_error:str='stop', # 'stop' or 'skip'
     ):
-        if on_error not in ('stop','skip'): raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+        if on_error not in ('stop','skip'): raise BadArgument(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         self.source,self.name,self.image_folder,self.on_error = source,name,image_folder,on_error
         self.index,self.skipped = range(len(source)),[]
         self.check(_decode if on_error=='skip' else bool)

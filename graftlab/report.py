@@ -39,14 +39,14 @@ def headline(
     scores:dict, # scores.json, or None where nothing was scored yet
     host:str="the host", # Name of the host
 )->str: # One sentence
-    "The result of a run: the zero-shot graft against the better of no picture and a random encoder, by ranking"
+    "The result of a run: the zero-shot graft against the better of no picture and an untrained adapter, by ranking"
     rows = list(_against(scores)) if scores else []
     if not rows: return "This run has not yet scored a graft against its baselines."
     own,base = _listed([f"{percent(g['accuracy'])} of {t}" for t,g,_ in rows]),_listed([percent(b["accuracy"]) for *_,b in rows])
     ends = {"clearly more on": [t for t,g,b in rows if g["low"]>b["high"]], "clearly less on": [t for t,g,b in rows if g["high"]<b["low"]],
             "no clear difference on": [t for t,g,b in rows if g["low"]<=b["high"] and g["high"]>=b["low"]]}
     end = ", ".join(f"{words} {_listed(types)}" for words,types in ends.items() if types)
-    return f"Plugged untrained into {host}, the encoder puts the right answer first on {own} questions, where no picture or a random encoder gets {base}: {end}."
+    return f"Plugged untrained into {host}, the encoder puts the right answer first on {own} questions, where no picture or an untrained adapter gets {base}: {end}."
 
 # %% ../nbs/15_report.ipynb #95135484
 def picture(
@@ -92,7 +92,7 @@ def _phase(run, phase):
 def _costs(phases):
     "Time, memory and size of every step; their sum, and the highest peak"
     count = lambda n: "" if n is None else f"{n:,}"
-    memory = lambda mb: "" if mb is None else f"{mb/1024:.1f} GB" if mb>=1000 else f"{mb:.0f} MB"
+    memory = lambda mb: "" if mb is None else f"{mb/1000:.1f} GB" if mb>=1000 else f"{mb:.0f} MB"
     rows = [[p["title"], clock(p["seconds"]), memory(p.get("peak_memory_mb")), *[count(p.get(k)) for k in ("steps", "tokens", "trainable")]] for p in phases]
     peak = max((p["peak_memory_mb"] for p in phases if p.get("peak_memory_mb")), default=None)
     total = [B("Together"), clock(sum(p["seconds"] for p in phases)), memory(peak), *[count(sum(p.get(k) or 0 for p in phases)) for k in ("steps", "tokens")], ""]

@@ -40,6 +40,7 @@ def cut_layers(
 )->Cut: # Layers kept, places of the translators
     "The layers of T(a, b), or of several such cuts (Grafting, Section 1.2, Figure 4)"
     if (spans is None)==(start is None) or (start is None)!=(end is None): raise BadSpan("give either start and end, or spans=[(a, b), ...]")
+    if spans is not None and not len(spans): raise BadSpan("spans is empty: give at least one (a, b)")
     if translators<1: raise BadSpan(f"a span keeps at least one translator, got {translators}")
     spans = sorted(tuple(s) for s in spans) if spans else [(start, end)]
     removed,roles,last_b = set(),set(),-1
@@ -69,7 +70,7 @@ def layer_anatomy(
     layer:nn.Module, # A decoder layer
 )->dict[str, tuple]: # Module name -> its class, parameter shapes and plain attributes
     "All that makes a layer what it is, but its weights and its number"
-    plain = lambda m: {k:v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str, tuple, type(None))) and k not in ('layer_idx', 'training')}
+    plain = lambda m: {k:v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str, tuple, type(None))) and k not in ('layer_idx', 'training', '_is_hf_initialized')}
     shapes = lambda m: {k:tuple(p.shape) for k,p in m.named_parameters(recurse=False)}
     return {name:(type(m), shapes(m), plain(m)) for name,m in layer.named_modules()}
 

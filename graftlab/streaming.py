@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
-from .host import BadCheckpoint, Host, layer_fields, layer_of, open_shard, rename_layer, tensor_files, text_name
+from .host import BadCheckpoint, Host, UnsupportedConfig, layer_fields, layer_of, open_shard, rename_layer, tensor_files, text_name
+from .spans import layer_anatomy, meta_model
 
 # %% ../nbs/00d_streaming.ipynb #d10ec30d
 def one_layer_config(
@@ -116,13 +117,16 @@ def stream_layers(
     first:int=0, # Layer to begin with
     dtype:torch.dtype|str='auto', # 'auto' as stored
 )->Iterator[tuple[int, Host]]: # Index and one-layer model, in order
-    "The layers of a checkpoint one after the other, the next one read ahead in a thread"
-    files,n = tensor_files(folder),config.num_hidden_layers
+    "The layers of a checkpoint one after the other, the next one read ahead in a thread; `UnsupportedConfig` where a layer depends on its number"
+    files,n,whole = tensor_files(folder),config.num_hidden_layers,Host(meta_model(config)).layers
     with ThreadPoolExecutor(1, thread_name_prefix='read-ahead') as pool:
         ahead = pool.submit(read_tensors, files, first) if first<n else None
         for i in range(first, n):
             one = build(one_layer_config(config, i), ahead.result(), dtype)
             ahead = pool.submit(read_tensors, files, i+1) if i+1<n else None
+            a,b = layer_anatomy(one.layers[0]),layer_anatomy(whole[i])
+            if odd := [k for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]:
+                raise UnsupportedConfig(f"{config.model_type}: layer {i} alone is another kind of layer than in its place ({odd[0] or 'the layer itself'}): it cannot be streamed, load the model whole")
             yield i, one
             del one
 

@@ -6,14 +6,14 @@
 __all__ = ['INFO', 'surrogate_info', 'CutPlan', 'plan_cut', 'RemoteRows', 'cut_checkpoint', 'build_surrogate', 'stage1_layers']
 
 # %% ../nbs/02_surrogate.ipynb #3d800322
-import copy, json, os, tempfile
+import copy, json, os, tempfile, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from . import __version__
 from .cutting import FLOATS, bytes_of, claim, copy_extras, sweep, verify_tensors, write_tensors
 from .files import fresh_folder, write_json
@@ -202,16 +202,23 @@ def _from_memory(host:PreTrainedModel, cut:Cut, config:PreTrainedConfig, share:b
     model.surrogate_info = _info(host.name_or_path or type(host).__name__, cut, mark, (model.num_parameters(), host.num_parameters()))
     return model
 
+def _tokenizer(source:str, folder:Path):
+    "Bring the tokenizer of a loaded host along: from its folder, or, where that was a hub id, from the hub or its cache"
+    if Path(source).is_dir(): copy_extras(LocalFiles(source), folder)
+    elif source:
+        try: AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        except (OSError, ValueError): warnings.warn(f"the surrogate gets no tokenizer: {source}'s cannot be had; save it beside the surrogate yourself")
+
 def _save(model:PreTrainedModel, host:PreTrainedModel, folder:Path):
     "A surrogate as a checkpoint folder, with the host's tokenizer where that is at hand"
     with fresh_folder(_free_place(folder)) as tmp:
-        if Path(host.name_or_path).is_dir(): copy_extras(LocalFiles(host.name_or_path), tmp)
+        _tokenizer(host.name_or_path, tmp)
         model.save_pretrained(tmp, max_shard_size='5GB')
         write_json(tmp/INFO, model.surrogate_info)
 
 def _from_files(folder:Path)->PreTrainedModel:
     "Load a surrogate that was just cut; nothing may be missing or left over"
-    model,info = AutoModelForCausalLM.from_pretrained(folder, dtype='auto', output_loading_info=True)
+    model,info = AutoModelForCausalLM.from_pretrained(folder, dtype='auto', use_safetensors=True, output_loading_info=True)
     if odd := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
         raise BadCheckpoint(f"{folder}: {odd[0]} is missing, unexpected or of another shape ({len(odd)} such): is the host's checkpoint complete?")
     model.surrogate_info = surrogate_info(folder)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from .host import GraftError
+from .host import BadArgument, GraftError
 from .vision import tower_layers
 
 # %% ../nbs/04b_trainable.ipynb #00000019
@@ -34,7 +34,7 @@ def trainable_names(
     used = set(layers[:stop].parameters()) if last_k is None else set(layers[max(0, stop-last_k):stop].parameters())
     if last_k is None: used |= {p for n,p in vlm.model.vision_tower.named_parameters() if 'embeddings' in n or 'pre_layrnorm' in n}
     want = {0: [], 1: ['multi_modal_projector'], 2: ['multi_modal_projector'], 3: ['multi_modal_projector', 'language_model', 'lm_head']}
-    if stage not in want: raise ValueError(f"stage must be 0, 1, 2 or 3, got {stage}")
+    if stage not in want: raise BadArgument(f"stage must be 0, 1, 2 or 3, got {stage}")
     parts = want[stage]+([f'language_model.layers.{i}' for i in translators] if stage<2 else [])
     def _chosen(n, p): return any(f'.{q}.' in f'.{n}.' for q in parts) or (stage>=2 and p in used)
     return [n for n,p in vlm.named_parameters() if _chosen(n, p) and 'mask_token' not in n]

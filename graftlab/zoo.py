@@ -204,6 +204,12 @@ def zoo_list()->list: # One dict an entry: name, kind, packages, licence, about,
                  size=f'{e.megabytes} MB', present=is_present(e.name), on_request=e.on_request) for e in ENTRIES.values()]
 
 # %% ../nbs/13_zoo.ipynb #4c807f21
+def _refuse_pickled(where, names):
+    "`BadCheckpoint` where a folder's or a repository's weights are pickled"
+    pickled = sorted(n for n in map(str, names) if n.endswith(('.bin', '.pt', '.pth', '.ckpt', '.pkl')))
+    if pickled: raise BadCheckpoint(f"{where}/{pickled[0]} is pickled, and may run any code when it is loaded: refused. If you trust its source, convert it once: "
+        "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` (or the Auto class of its kind) writes safetensors")
+
 def check_folder(
     folder:Path, # A checkpoint folder
 )->Path: # The same folder
@@ -211,18 +217,19 @@ def check_folder(
     folder = Path(folder)
     if not (folder/'config.json').is_file(): raise BadCheckpoint(f"{folder} has no config.json; a checkpoint folder as `save_pretrained` writes it is expected")
     if any(folder.glob('*.safetensors')): return folder
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
-    if pickled: raise BadCheckpoint(f"{folder/pickled[0]} is pickled, and may run any code when it is loaded: refused. If you trust its source, convert it once: "
-        "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` (or the Auto class of its kind) writes safetensors")
+    _refuse_pickled(folder, [p.name for p in folder.iterdir()])
     raise BadCheckpoint(f"{folder} holds no *.safetensors file")
 
 # %% ../nbs/13_zoo.ipynb #f333f12e
 def _from_hub(repo, kind, revision):
     "Snapshot of a hub repository"
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
     patterns = None if kind=='data' else ['*.safetensors', '*.json', '*.jinja', '*.txt', 'tokenizer.model']
-    try: return Path(snapshot_download(repo, revision=revision, repo_type='dataset' if kind=='data' else 'model', allow_patterns=patterns))
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, repo_type='dataset' if kind=='data' else 'model', allow_patterns=patterns))
+        if kind!='data' and not any(folder.glob('*.safetensors')): _refuse_pickled(repo, list_repo_files(repo, revision=revision))
+        return folder
     except (HfHubHTTPError, OSError, ValueError) as e:
         raise ZooError(f"{repo} (revision {revision or 'main'}) cannot be had from the hub: {str(e).strip().splitlines()[0]} "
                        "Look at the name, the network and your access to it, or give a local folder") from e

@@ -60,8 +60,10 @@ def test_cut_and_look_at_the_cut(host, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/'cut/config.json').read_text())['num_hidden_layers'] == 8
     (tmp_path/'chats.jsonl').write_text(''.join(json.dumps(dict(messages=[dict(role='user', content=' '.join(f'w{(i*j)%98}' for j in range(1, 20)))]))+'\n' for i in range(1, 9)))
+    with (tmp_path/'chats.jsonl').open('a') as f: f.write(json.dumps(dict(messages=[dict(role='user', content='w1')]))+'\n')
     done = graftlab('trajectory', tmp_path/'cut', '--texts', tmp_path/'chats.jsonl', '--stream', '--out', tmp_path/'out')
     assert done.returncode == 2 and 'graftlab: no transition' in done.stderr, done.stderr # a random model has none, but has curves
+    assert '1 of 9 conversations left out' in done.stderr, done.stderr                     # nothing to compare in one word
     rows = (tmp_path/'out/trajectory.csv').read_text().splitlines()
     assert len(rows) == 9 and rows[0].endswith('layer_7')
     assert (tmp_path/'out/trajectory.png').stat().st_size > 1000

@@ -148,6 +148,12 @@ def test_weights_are_loaded_from_safetensors_only():
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
             if isinstance(node, ast.keyword): assert node.arg != 'trust_remote_code', f'{f.name}:{node.value.lineno}'
             if isinstance(node, ast.Import): assert all(a.name != 'pickle' for a in node.names), f'{f.name}:{node.lineno}'
+            if isinstance(node, ast.ImportFrom): assert node.module != 'pickle', f'{f.name}:{node.lineno}'
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute): continue
+            name,owner = node.func.attr,getattr(node.func.value, 'id', '')
+            assert (owner, name) != ('torch', 'load'), f'{f.name}:{node.lineno}'
+            weights = name == 'from_pretrained' and (owner.startswith(('AutoModel', 'Llava')) and 'Config' not in owner)
+            if weights: assert any(k.arg == 'gguf_file' or k.arg == 'use_safetensors' and getattr(k.value, 'value', None) is True for k in node.keywords), f'{f.name}:{node.lineno} may load pickled weights'
 
 # The tools
 
