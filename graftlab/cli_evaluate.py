@@ -79,7 +79,7 @@ def _lmms(args):
          arg('--include', metavar='DIR', help="with --text or --lmms: folder of further tasks in the harness's YAML"),
          arg('--chat', action='store_true', help="with --text: put questions into the model's chat template"),
          arg('--before', metavar='MODEL', help='with --text: show what changed from this model, e.g. the host before stage 3'),
-         arg('--limit', type=at_least(1), help='only the first so many questions, of each task'),
+         arg('--limit', type=int, help='only the first so many questions, of each task'),
          arg('--batch-size', type=at_least(1), help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
          arg('--max-new-tokens', type=at_least(1), help='with FILE: tokens of an answer at most (default: 16; CRAFT allows 5)'),
          arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
