@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,7 +229,9 @@ def _from_hub(repo, kind, revision):
     patterns = None if kind=='data' else ['*.safetensors', '*.json', '*.jinja', '*.txt', 'tokenizer.model']
     try:
         folder = Path(snapshot_download(repo, revision=revision, repo_type='dataset' if kind=='data' else 'model', allow_patterns=patterns))
-        if kind!='data' and not any(folder.glob('*.safetensors')): _refuse_pickled(repo, list_repo_files(repo, revision=revision))
+        if kind!='data' and not any(folder.glob('*.safetensors')):
+            _refuse_pickled(repo, [p.name for p in folder.iterdir()])
+            with suppress(HfHubHTTPError, OSError): _refuse_pickled(repo, list_repo_files(repo, revision=revision))       # pickled files are not fetched, so ask for their names
         return folder
     except (HfHubHTTPError, OSError, ValueError) as e:
         raise ZooError(f"{repo} (revision {revision or 'main'}) cannot be had from the hub: {str(e).strip().splitlines()[0]} "
