@@ -7,7 +7,6 @@ __all__ = ['DATA', 'SETTINGS', 'DTYPE', 'codebook', 'changed', 'open_speaker', '
 
 # %% ../nbs/14e_cli_craft.ipynb #00000002
 import os
-import sys
 from pathlib import Path
 
 from .command import arg, at_least, command
@@ -18,6 +17,17 @@ DATA = (arg('--data', required=True, metavar='FILE', help='LLaVA conversations: 
 SETTINGS = (arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change the recipe, e.g. steps=500 lr=1e-5'),
             arg('--workers', type=at_least(0), default=0, help='processes that prepare batches ahead (default: 0)'))
 DTYPE = arg('--dtype', choices=['bfloat16', 'float32'], default='float32', help='of the weights written (default: float32)')
+
+# %% ../nbs/14e_cli_craft.ipynb #14e00001
+def _write_tower(tower, processor, out, **info):
+    "Write a tower's folder, whole or not at all; the identity of its codebook"
+    from graftlab.files import fresh_folder, write_json
+    from graftlab.vlm import own_place
+    told = tower.quantizer.identity()
+    with fresh_folder(own_place(out, 'tower')) as new:
+        tower.save_pretrained(new); processor.save_pretrained(new)
+        write_json(new/'graftlab.json', dict(kind='tower', codebook=told, **info))
+    return told
 
 # %% ../nbs/14e_cli_craft.ipynb #00000008
 @command(arg('encoder', metavar='ENCODER', help='vision encoder: zoo name, checkpoint folder or hub id'),
@@ -35,10 +45,9 @@ def codebook(args):
     from tqdm.auto import tqdm
     from transformers import AutoModel
     from graftlab.craft import make_tower
-    from graftlab.files import fresh_folder, write_json
     from graftlab.images import open_images, square
     from graftlab.records import load_conversations
-    from graftlab.vlm import image_processor, own_place, resize_tower
+    from graftlab.vlm import image_processor, resize_tower
     from graftlab.zoo import get_encoder
     records,source = load_conversations(args.data, args.images),get_encoder(args.encoder)
     whole = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
@@ -47,14 +56,11 @@ def codebook(args):
     processor = image_processor(source, encoder.config.image_size)
     def _pixels(r): return processor([square(im, processor.image_mean) for im in open_images(r)], return_tensors='pt', input_data_format='channels_last')['pixel_values']
     seen = list(islice((i for i in range(len(records)) if records[i]['image']), args.pictures))
-    pictures = (torch.as_tensor(_pixels(records[i])) for i in tqdm(seen, 'features', disable=not sys.stderr.isatty(), unit='record'))
+    pictures = (torch.as_tensor(_pixels(records[i])) for i in tqdm(seen, 'features', disable=None, unit='record'))
     tower = make_tower(encoder, pictures, args.entries, args.depth, seed=args.seed)
     for k in ('logit_scale', 'logit_bias'):                          # the encoder's own temperature and bias, where it has them: CRAFT starts from them
         if getattr(whole, k, None) is not None: setattr(tower.config, k, getattr(whole, k).item())
-    with fresh_folder(own_place(args.out, 'tower')) as new:
-        tower.save_pretrained(new); processor.save_pretrained(new)
-        write_json(new/'graftlab.json', dict(kind='tower', codebook=tower.quantizer.identity(), pictures=len(seen)))
-    told = tower.quantizer.identity()
+    told = _write_tower(tower, processor, args.out, pictures=len(seen))
     print(f"{args.out}: {told['size']} entries x {told['dim']}, depth {told['depth']}, sha256 {told['sha256'][:12]}, of {len(seen)} records with pictures")
 
 # %% ../nbs/14e_cli_craft.ipynb #0000000b

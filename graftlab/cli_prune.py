@@ -33,13 +33,13 @@ def domain_pixels(
 # %% ../nbs/14h_cli_prune.ipynb #0000000c
 def _speaker(folder):
     "(tower, image processor) of a model or tower folder that speaks a codebook"
-    import json
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
     import graftlab.pruned_vlm # makes towers with a codebook known to transformers
     from graftlab.cli_craft import open_speaker
+    from graftlab.cli_train import model_type
     from graftlab.host import UnsupportedConfig
     from graftlab.zoo import check_folder
-    if json.loads((check_folder(folder)/'config.json').read_text())['model_type']=='llava':
+    if model_type(check_folder(folder))=='llava':
         vlm,processor = open_speaker(folder)
         return vlm.eval().model.vision_tower,processor.image_processor
     tower = AutoModel.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), use_safetensors=True).eval()

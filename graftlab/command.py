@@ -33,6 +33,7 @@ def at_least(
 ): # Function from text to int, for an argument's `type`
     "Whole numbers from `least` on; argparse names the argument where the text is another"
     def number(text):
+        "The number, unless it is less"
         if int(text)<least: raise argparse.ArgumentTypeError(f'{text} is less than {least}')
         return int(text)
     return number

@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'CAPS', 'LISTS', 'INDEX_SETS', 'FIRST', 'PATTERNS', 'SHARED', 'GraftError', 'HostMismatch',
            'UnsupportedConfig', 'BadCheckpoint', 'BadArgument', 'logit_scale', 'logit_cap', 'find_decoder', 'Host',
            'renumber', 'packs', 'attention_masks', 'layer_fields', 'layer_of', 'rename_layer', 'text_name',
-           'open_shard', 'tensor_files', 'fingerprint', 'checkpoint_hash']
+           'open_shard', 'tensor_files', 'fingerprint', 'known_fingerprint', 'checkpoint_hash']
 
 # %% ../nbs/00_host.ipynb #33fb4474
 import hashlib, json, re
@@ -145,9 +145,9 @@ def packs(
 )->bool: # Sequences that a mask keeps apart may share a row
     "Whether every layer is attention that heeds mask and position ids; state of a recurrent or convolutional layer runs on from one sequence to the next"
     kinds = {*(getattr(config, 'layer_types', None) or ()), *(getattr(config, 'layers_block_type', None) or ())}
-    fields = config.to_dict()
-    alibi = fields.get('alibi') or (fields.get('attn_config') or {}).get('alibi') or fields.get('position_embedding_type')=='alibi' or config.model_type=='bloom'
-    other = alibi or fields.get('attention_chunk_size') or any(k.startswith(('mamba_', 'ssm_')) for k in fields)
+    field = lambda name: getattr(config, name, None)
+    alibi = field('alibi') or getattr(field('attn_config'), 'alibi', False) or field('position_embedding_type')=='alibi' or config.model_type=='bloom'
+    other = alibi or field('attention_chunk_size') or any(k.startswith(('mamba_', 'ssm_')) for k in vars(config))
     return not other and kinds<={'full_attention', 'sliding_attention', 'attention'}
 
 def attention_masks(
@@ -312,6 +312,13 @@ def fingerprint(
     shards = {f:open_shard(f) for f in set(files.values())}
     try: return _digest(files, lambda n: shards[files[n]].get_slice(n))
     except SafetensorError as e: raise BadCheckpoint(f"{source}: a shard lacks what the index promises, or is damaged ({e}); fetch it again") from e
+
+def known_fingerprint(
+    source:nn.Module|str|Path, # A loaded model, or a checkpoint folder
+)->str|None: # As `fingerprint`; None where weights of a loaded model are not in memory
+    "Fingerprint of a host where all of it is at hand"
+    if isinstance(source, nn.Module) and any(t.is_meta for t in source.state_dict().values()): return None
+    return fingerprint(source)
 
 # %% ../nbs/00_host.ipynb #7c0de002
 def checkpoint_hash(

@@ -83,6 +83,7 @@ def settings_aside(
     try: yield
     finally: model.generation_config = own
 
+# %% ../nbs/00e_prompts.ipynb #00e00002
 @torch.no_grad()
 def greedy_batches(
     model:nn.Module, # The model that answers

@@ -48,13 +48,23 @@ class Recipe:
     shard: str | int = None           # None: DDP. 'full': one copy over all ranks (FSDP2). A number of ranks to a copy: HSDP (Section A.8: 16)
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 
-    def __post_init__(self):
-        for k in ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'):
-            if getattr(self, k) is not None and getattr(self, k)<1: raise GraftError(f'{k} = {getattr(self, k)}: at least one is needed')
-        for k,words in dict(cut_noise_unit=('rms', 'median'), response_weight=(None, 'paper', 'official', 'literal'), precision=('bf16', 'no')).items():
-            if getattr(self, k) not in words: raise GraftError(f"{k} = {getattr(self, k)!r}: expected {', '.join(map(str, words[:-1]))} or {words[-1]}")
-        for k,fits,what in (('last_k', self.last_k is None or self.last_k>=0, 'a number of layers, or None for all'), ('epochs', self.epochs>0, 'more than 0'), ('warmup', 0<=self.warmup<=1, 'a share, 0 to 1'), ('betas', len(self.betas)==2, 'two numbers'), ('seed', 0<=self.seed<2**31, '0 to 2^31-1')):
-            if not fits: raise GraftError(f'{k} = {getattr(self, k)}: expected {what}')
+    def __post_init__(self): _refuse(self)
+
+# %% ../nbs/06a_recipe.ipynb #06a0c002
+def _refuse(recipe):
+    "`GraftError` for a value that no run can have"
+    get = lambda k: getattr(recipe, k)
+    for k in ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'):
+        if get(k) is not None and get(k)<1: raise GraftError(f'{k} = {get(k)}: at least one is needed')
+    for k,words in dict(cut_noise_unit=('rms', 'median'), response_weight=(None, 'paper', 'official', 'literal'), precision=('bf16', 'no')).items():
+        if get(k) not in words: raise GraftError(f"{k} = {get(k)!r}: expected {', '.join(map(str, words[:-1]))} or {words[-1]}")
+    for k,(fits,what) in dict(
+        last_k=(get('last_k') is None or get('last_k')>=0, 'a number of layers, or None for all'),
+        epochs=(get('epochs')>0, 'more than 0'),
+        warmup=(0<=get('warmup')<=1, 'a share, 0 to 1'),
+        betas=(len(get('betas'))==2, 'two numbers'),
+        seed=(0<=get('seed')<2**31, '0 to 2^31-1')).items():
+        if not fits: raise GraftError(f'{k} = {get(k)}: expected {what}')
 
 # %% ../nbs/06a_recipe.ipynb #00000108
 @patch

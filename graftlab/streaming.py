@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 from .host import BadCheckpoint, Host, UnsupportedConfig, layer_fields, layer_of, open_shard, rename_layer, tensor_files, text_name
-from .spans import layer_anatomy, meta_model
+from .spans import meta_model, unlike
 
 # %% ../nbs/00d_streaming.ipynb #d10ec30d
 def one_layer_config(
@@ -124,8 +124,7 @@ def stream_layers(
         for i in range(first, n):
             one = build(one_layer_config(config, i), ahead.result(), dtype)
             ahead = pool.submit(read_tensors, files, i+1) if i+1<n else None
-            a,b = layer_anatomy(one.layers[0]),layer_anatomy(whole[i])
-            if odd := [k for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]:
+            if odd := unlike(one.layers[0], whole[i]):
                 raise UnsupportedConfig(f"{config.model_type}: layer {i} alone is another kind of layer than in its place ({odd[0] or 'the layer itself'}): it cannot be streamed, load the model whole")
             yield i, one
             del one

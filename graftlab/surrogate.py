@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Pr
 from . import __version__
 from .cutting import FLOATS, bytes_of, claim, copy_extras, sweep, verify_tensors, write_tensors
 from .files import fresh_folder, write_json
-from .host import BadCheckpoint, GraftError, Host, UnsupportedConfig, fingerprint, layer_of, open_shard, rename_layer, renumber
+from .host import BadCheckpoint, GraftError, Host, UnsupportedConfig, fingerprint, known_fingerprint, layer_of, open_shard, rename_layer, renumber
 from .ranges import Entry, HubFiles, LocalFiles, checkpoint_entries, open_files
 from .spans import Cut, count_parameters, cut_layers, surrogate_config
 
@@ -198,8 +198,7 @@ def cut_checkpoint(
 def _from_memory(host:PreTrainedModel, cut:Cut, config:PreTrainedConfig, share:bool)->PreTrainedModel:
     "A surrogate of a loaded host that knows what it is"
     model = _cut_model(host, cut, config, share)
-    mark = None if any(p.is_meta for p in host.parameters()) else fingerprint(host)
-    model.surrogate_info = _info(host.name_or_path or type(host).__name__, cut, mark, (model.num_parameters(), host.num_parameters()))
+    model.surrogate_info = _info(host.name_or_path or type(host).__name__, cut, known_fingerprint(host), (model.num_parameters(), host.num_parameters()))
     return model
 
 def _tokenizer(source:str, folder:Path):

@@ -41,9 +41,7 @@ from .vlm import embed, image_features, set_trainable, tower_pixels, trainable_n
 # %% ../nbs/06_train.ipynb #00000005
 _all_ = ['draw', 'shares', 'Recipe', 'schedule', 'stage0', 'stage1', 'stage2', 'stage3', 'save_checkpoint', 'load_checkpoint', 'finished', 'load_trained']
 
-# %% ../nbs/06_train.ipynb #0000000f
-_PICTURE_DRAWS = 9 # a picture's noise starts so far behind its row's number; before it the translators'
-
+# %% ../nbs/06_train.ipynb #06a000b1
 def black_picture(
     vlm:nn.Module, # LlavaForConditionalGeneration
     start:int=0, # Tower layer at which kept states enter; 0: pixels
@@ -52,6 +50,9 @@ def black_picture(
     x,config = tower_pixels(vlm.model.vision_tower),vlm.config.vision_config
     if not start: return x
     return x.new_zeros(1, (config.image_size//config.patch_size)**2+(vlm.config.vision_feature_select_strategy=='default'), config.hidden_size)
+
+# %% ../nbs/06_train.ipynb #0000000f
+_PICTURE_DRAWS = 9 # a picture's noise starts so far behind its row's number; before it the translators'
 
 class StepLoss(nn.Module):
     "A vision-language model whose forward pass gives the weighted sum of token losses of one micro-batch"
@@ -117,6 +118,12 @@ def make_accelerator(
     return acc
 
 # %% ../nbs/06_train.ipynb #00000019
+def _counted(drawn):
+    "Pairs of a record's number and how often the step had it before"
+    seen,pairs = Counter(),[]
+    for i in drawn: pairs.append((i, seen[i])); seen[i] += 1
+    return pairs
+
 class Passes(Dataset):
     "All forward passes of one rank, in order; item j is a collated micro-batch"
     def __init__(self,
@@ -134,10 +141,9 @@ class Passes(Dataset):
 
     def indices(self, step):
         "This rank's micro-batches of one optimiser step: pairs of a record's number and how often the step had it before"
-        r,seen = self.recipe,Counter()
+        r = self.recipe
         drawn = draw(len(self.records), step, r.batch_size, r.seed) if self.sizes is None else draw_alike(self.sizes, step, self.steps, r.batch_size, r.seed)
-        pairs = [(i, (seen.update([i]), seen[i]-1)[1]) for i in drawn]
-        return shares(pairs, self.rank, self.world, r.micro_batch)
+        return shares(_counted(drawn), self.rank, self.world, r.micro_batch)
     def __len__(self): return self.steps*self.per_step
     def __getitem__(self, j):
         step,place = divmod(j, self.per_step)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .files import fresh_file, fresh_folder, write_json
-from .host import GraftError, Host, fingerprint
+from .host import GraftError, Host, fingerprint, known_fingerprint
 from .lens import BadSample, LensRead, position_kl, read_lens
 from .streaming import embed, open_frame, run_layer, slim, stream_layers
 
@@ -63,7 +63,6 @@ def comparable(
         short += int((~enough).sum())
         if enough.any(): out.append({k: v[enough] for k,v in b.items()})
     return out, short
-
 
 # %% ../nbs/01_trajectory.ipynb #0000000c
 def _read(host:Host, hidden:Tensor, ids:Tensor, keep:Tensor, layer:int, first:int, details:bool)->LensRead:
@@ -202,11 +201,10 @@ def prediction_trajectory(
     "Eq. 1 to 4 for every sample and layer (Section 1.1, Figure 3)"
     samples = Samples(batches, response_only)
     streamed = not isinstance(model, nn.Module)
-    here = streamed or not any(t.is_meta for t in model.state_dict().values())                     # layers that accelerate keeps on the disk are not
     reads = _streamed(Path(model), samples, details, progress, work, dtype) if streamed else _in_memory(model, samples, details, progress)
     kl,agreement,entropy = assemble(reads, samples.sizes, eps)
     name = str(model) if streamed else model.config._name_or_path
-    info = dict(host=name, fingerprint=fingerprint(model) if here else None, layers=kl.shape[1], samples=len(kl), response_only=response_only, eps=eps)
+    info = dict(host=name, fingerprint=known_fingerprint(model), layers=kl.shape[1], samples=len(kl), response_only=response_only, eps=eps)
     return Trajectory(kl, samples.sizes, agreement, entropy, info)
 
 # %% ../nbs/01_trajectory.ipynb #00000021
