@@ -143,9 +143,10 @@ def save_taught(
     from graftlab.surrogate import INFO
     from graftlab.teach import translator_weights
     from graftlab.train import load_trained
+    from graftlab.vlm import own_place
     model = AutoModelForCausalLM.from_pretrained(surrogate, dtype='auto', use_safetensors=True)
     with torch.no_grad(): load_trained(out, {f'surrogate.{n}': p for n,p in translator_weights(model, info['translators']).items()})
-    with fresh_folder(Path(out)/'model') as tmp:
+    with fresh_folder(own_place(Path(out)/'model', 'surrogate')) as tmp:
         copy_extras(LocalFiles(surrogate), tmp)
         model.save_pretrained(tmp, max_shard_size='5GB')
         write_json(tmp/INFO, info|dict(taught=taught))
@@ -167,8 +168,10 @@ def teach(args):
     "Stage 0, optional: the host teaches a surrogate's translator on text"
     from graftlab.host import checkpoint_hash
     from graftlab.teach import teach as run
+    from graftlab.vlm import own_place
     from graftlab.zoo import get_llm
     recipe,surrogate,host,out = teach_recipe(args),get_llm(args.surrogate),get_llm(args.host),Path(args.out)
+    own_place(out/'model', 'surrogate')                              # before the work, not after it
     info = check_pair(surrogate, host)
     origin = dict(surrogate=checkpoint_hash(surrogate), fingerprint=info['fingerprint'], precision=recipe.precision)
     kept = host_states(host, lessons(read_chats(args.data), _tokenizer(host), recipe, args.max_tokens), info['translators'][0], out, origin)

@@ -185,10 +185,12 @@ def train(args):
     "Train one stage of Grafting on LLaVA conversations"
     from graftlab.recipe import read_recipe
     from graftlab.records import load_conversations
+    from graftlab.vlm import own_place
     recipe,records = read_recipe(args.config, args.stage, args.set),load_conversations(args.data, args.images, args.on_error)
     if args.dry_run:
         from graftlab.cli_plan import dry_run
         return print(dry_run(args, recipe, records))
+    for name,kind in (('model', 'vlm'), ('graft', 'graft')): own_place(Path(args.out)/name, kind)      # before the work, not after it
     if found := _trained(args, recipe, records): _write(args, *found)
 
 # %% ../nbs/14c_cli_train.ipynb #0000000e
@@ -202,8 +204,9 @@ def graft(args):
     "Plug a trained encoder into the full model, untrained (zero-shot grafting)"
     import torch
     from graftlab.files import write_json
-    from graftlab.vlm import graft as plug, host_fingerprint, save_vlm
+    from graftlab.vlm import graft as plug, host_fingerprint, own_place, save_vlm
     from graftlab.zoo import get_llm
+    own_place(args.out, 'vlm')
     host = get_llm(args.host)
     vlm,processor = plug(args.graft, host, check=not args.any_host)
     out = save_vlm(vlm, processor, args.out, getattr(torch, args.dtype))

@@ -67,6 +67,7 @@ class StepLoss(nn.Module):
 
     def forward(self,
         batch:dict, # What the collator gives, plus `weight` (T,), the tokens' factors
+        black:Tensor=None, # What stands for a picture in a batch without one; None: `black_picture`
     )->Tensor: # Sum of weighted token losses, scalar
         "Weighted sum of token losses; a batch without pictures gives the encoder a gradient of zeros"
         vlm,features = self.vlm,None
@@ -75,7 +76,7 @@ class StepLoss(nn.Module):
             features = image_features(vlm, batch['pixel_values'], self.start)
             if self.noise: features = noisy(features, self.noise, self._picture_noise(batch, features))
         x = embed(vlm, batch['input_ids'], features)
-        if features is None: x = x+0*image_features(vlm, black_picture(vlm, self.start), self.start).sum().to(x.dtype)
+        if features is None: x = x+0*image_features(vlm, black_picture(vlm, self.start) if black is None else black, self.start).sum().to(x.dtype)
         return answer_loss(vlm, batch, x)
 
     def _picture_noise(self, batch, features):

@@ -144,7 +144,7 @@ def build_vlm(
 # %% ../nbs/04_vlm.ipynb #04f00002
 def own_place(
     folder, # Where to write
-    kind:str, # 'vlm', 'graft', 'craft' or 'tower', as in graftlab.json; a LLaVA folder without it is a 'vlm'
+    kind:str, # 'vlm', 'graft', 'craft', 'tower' or 'surrogate', as in graftlab.json; a LLaVA folder without it is a 'vlm'
 )->Path: # The folder, absolute
     "A place that is new, empty, or holds a folder of this kind; `GraftError` for any other, which would be lost"
     folder = Path(folder).resolve()

@@ -144,6 +144,10 @@ def test_teach_goes_on_where_it_was_stopped(host, tmp_path):
     assert json.loads((tmp_path/'whole/model/graftlab.json').read_text())['taught']['steps'] == 400
     wrong = graftlab(*argv('wrong', tmp_path/'cut'))
     assert wrong.returncode == 2 and 'was cut out of' in wrong.stderr.strip().splitlines()[-1] and not (tmp_path/'wrong').exists(), wrong.stderr
+    (tmp_path/'taken/model').mkdir(parents=True); (tmp_path/'taken/model/thesis.txt').write_text('years')
+    taken = graftlab(*argv('taken'))
+    assert taken.returncode == 2 and 'would be lost' in taken.stderr, taken.stderr
+    assert [p.name for p in (tmp_path/'taken').rglob('*')] == ['model', 'thesis.txt']               # and nothing was done before
 
 
 def test_settings_add_up():

@@ -1,6 +1,7 @@
 """However a model is spread over ranks, it trains as one process does in one big batch, and its runs move between layouts.
 
 The module is also what torchrun starts: `python -m torch.distributed.run --nproc-per-node 4 tests/test_sharding.py FOLDER`."""
+import copy
 import json
 import os
 import socket
@@ -19,11 +20,13 @@ from transformers import CLIPImageProcessorPil, Gemma3ForCausalLM, Gemma3TextCon
 
 import test_train as tt
 from families import FAMILIES, make_tokenizer
+from graftlab.baselines import adaptation, ldifs_ft
 from graftlab.cli import main
 from graftlab.cut_noise import noise_before
 from graftlab.host import GraftError
 from graftlab.sharding import empty_vlm, held, leave, place, rows, whole, wrap
 from graftlab.train import Passes, StepLoss, draw, make_accelerator, optimiser_step, train
+from graftlab.vision import run_tower
 from graftlab.vlm import build_vlm, image_features, save_vlm, set_trainable, trainable_names
 
 CASES = {2: {"ddp-4-paper": {}, "full-1-None": {}, "full-2-paper": dict(activation_checkpointing=True), "full-4-None": {}},
@@ -115,6 +118,25 @@ def load_large(folder):
     return dict(growth=memory.growth, weights=held(model)["weights"], same=all(same), tensors=len(same))
 
 
+def from_kept(records, out, shard=None):
+    "Training on states that enter the encoder's second layer, of which a rank with text alone has none"
+    vlm, collate = tt.make_vlm()
+    frozen = copy.deepcopy(vlm.model.vision_tower)
+    def kept(rs):
+        batch = collate(rs)
+        return batch | (dict(pixel_values=run_tower(frozen, batch["pixel_values"], 0, 1).detach()) if "pixel_values" in batch else {})
+    return train(vlm, records, kept, tt.recipe(shard=shard, last_k=1), out, start=1, progress=False)
+
+
+def near_its_old_features(records, out, shard=None):
+    "LDIFS, whose loss runs two encoders"
+    vlm, collate = tt.make_vlm()
+    return ldifs_ft(vlm, records, collate, adaptation(**{k: getattr(tt.recipe(), k) for k in ("steps", "batch_size", "lr", "eps", "precision")}, shard=shard), out, progress=False)
+
+
+OTHERS = dict(kept=from_kept, ldifs=near_its_old_features)
+
+
 def on_each_rank(folder):
     "What torchrun runs, once for each rank"
     records, rank, world = json.loads((folder/"records.json").read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -123,7 +145,8 @@ def on_each_rank(folder):
         if rank == world-1: save_file(grads, folder/f"grads-{world}-{name}.safetensors")
         (folder/f"facts-{world}-{name}-{rank}.json").write_text(json.dumps(facts))
         tt.run(records, folder/f"{world}-{name}", asked(world, name))
-    if world == 2: # begun by one process; here with another layout, until a signal comes to the second rank
+    if world == 2: # the last is begun by one process; here with another layout, until a signal comes to the second rank
+        for name, way in OTHERS.items(): way(records, folder/f"2-{name}", "full")
         try: tt.run(records, folder/"moved", tt.recipe(shard="full"), tt.on_nth(2, tt.terminate) if rank else lambda c: c)
         except KeyboardInterrupt as e: (folder/f"stopped-{rank}").write_text(str(e))
         facts, grads = one_step(records, tt.recipe(shard="full", precision="bf16"))
@@ -202,6 +225,14 @@ def test_five_steps_give_the_weights_of_one_process(ranks, alone, case):
     assert max(l["grad_norm"] for l in tt.metrics(ours)) > tt.recipe().clip # so clipping was at work
     tt.assert_near(load_file(theirs/"trained.safetensors"), load_file(ours/"trained.safetensors"))
     assert json.loads((theirs/"metrics.json").read_text())["trainable"] == json.loads((ours/"metrics.json").read_text())["trainable"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_rank_with_text_alone_runs_the_layers_that_the_other_runs(ranks, tmp_path, name):
+    OTHERS[name](ranks[1], tmp_path/"alone")
+    ours, theirs = tmp_path/"alone", ranks[0]/f"2-{name}"
+    assert [l["loss"] for l in tt.metrics(theirs)] == pytest.approx([l["loss"] for l in tt.metrics(ours)], rel=1e-5)
+    tt.assert_near(load_file(theirs/"trained.safetensors"), load_file(ours/"trained.safetensors"))
 
 
 def test_begun_by_one_process_gone_on_by_two_ended_by_four(ranks):
