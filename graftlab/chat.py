@@ -7,6 +7,7 @@ __all__ = ['scaffold', 'special_ids', 'Form', 'read_form', 'Kind', 'Tokens', 'Ch
            'block_mask', 'shared_prefix']
 
 # %% ../nbs/03c_chat.ipynb #591a80df
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,6 +180,24 @@ def prompt(self:Chat,
     answer = (tokens.kind==Kind.RESPONSE) & (tokens.turn==len(history))
     if not answer_start: return tokens.ids[:int(answer.nonzero()[0])]
     return tokens.ids[:-1] # all but the token that ends the answer
+
+# %% ../nbs/03c_chat.ipynb #03c0f002
+_LISTS = ("{#- Contents may be lists of texts and pictures -#}"
+          "{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is string or m['content'] is not iterable -%}{%- set flat.messages = flat.messages + [m] -%}{%- else -%}"
+          "{%- set part = namespace(pictures=[], text='') -%}{%- for c in m['content'] -%}"
+          "{%- if c is mapping and c['type'] == 'image' -%}{%- set part.pictures = part.pictures + ['IMAGE'] -%}{%- else -%}{%- set part.text = part.text + (c if c is string else c['text']) -%}{%- endif -%}{%- endfor -%}"
+          "{%- set flat.messages = flat.messages + [dict(m, content=(part.pictures | join(' ') + '\\n' if part.pictures else '') + part.text)] -%}{%- endif -%}{%- endfor -%}{%- set messages = flat.messages -%}")
+
+@patch
+def served_template(self:Chat)->str: # Jinja template; once more from a tokenizer that has it, it is the same
+    "The tokenizer's template for those who ask with transformers: it takes lists of pictures and texts, and its generation prompt is that of training"
+    template,begin = self.tokenizer.chat_template,_LISTS.replace('IMAGE', self.image_token)
+    if not isinstance(template, str) or template.startswith(begin): return template
+    trained = ''.join(t for t,kind,_ in self.regions([('Q', 'A')]) if kind!=Kind.RESPONSE)
+    given = self.tokenizer.apply_chat_template([dict(role='user', content='Q')], tokenize=False, add_generation_prompt=True)
+    missing = json.dumps(trained.removeprefix(given)) if trained.startswith(given) and trained!=given else ''
+    return begin+template+('{%- if add_generation_prompt -%}{{- '+missing+' -}}{%- endif -%}' if missing else '')
+
 
 # %% ../nbs/03c_chat.ipynb #c77d6b3d
 def pack(

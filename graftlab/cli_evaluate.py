@@ -58,14 +58,20 @@ def _lmms(args):
     import torch
     from graftlab.files import write_json
     from graftlab.lmms import PAPER_BENCHMARKS, lmms_command, run_lmms
+    from graftlab.scores import EvaluationError
     from graftlab.zoo import check_folder
     tasks,include = [*PAPER_BENCHMARKS.values()] if args.tasks==['paper'] else args.tasks,args.include and Path(args.include).resolve()
-    with tempfile.TemporaryDirectory() as out:
-        scores,samples,_ = run_lmms(lmms_command(check_folder(args.model).resolve(), tasks, out, batch_size=args.batch_size or 8, include=include,
-                                                 limit=args.limit, device=None if torch.cuda.is_available() else 'cpu'))
-    if args.out: write_json(args.out, dict(scores=scores, samples=samples))
+    options = dict(batch_size=args.batch_size or 8, include=include, limit=args.limit, device=None if torch.cuda.is_available() else 'cpu')
+    model,scores,samples,failed = check_folder(args.model).resolve(),{},{},[]
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as out:
+            try: found,said,_ = run_lmms(lmms_command(model, [task], out, **options), progress=sys.stderr.isatty())
+            except EvaluationError as e: failed.append(task); print(f'{task}: {e}', file=sys.stderr); continue
+        scores |= found; samples |= said
+        if args.out: write_json(args.out, dict(scores=scores, samples=samples))
     numbers = [(t, k.partition(',')[0], v) for t,s in scores.items() for k,v in s.items() if ',' in k and isinstance(v, (int, float)) and '_stderr' not in k]
-    _print([dict(task=t, measure=m, n=len(samples[t]) if t in samples else '', score=round(v, 4)) for t,m,v in numbers], ['task', 'measure', 'n', 'score'])
+    if numbers: _print([dict(task=t, measure=m, n=len(samples[t]) if t in samples else '', score=round(v, 4)) for t,m,v in numbers], ['task', 'measure', 'n', 'score'])
+    if failed: raise EvaluationError(f"no score from lmms-eval for {', '.join(failed)}; why is said above, and {'the others are kept' if scores else 'there is no other'}")
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000009
 @command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`; with --text also a zoo name or hub id'),

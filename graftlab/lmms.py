@@ -30,13 +30,14 @@ def __getattr__(name):
 def _refuse(what):
     "`EvaluationError` for what our class does not do"
     from graftlab.scores import EvaluationError
-    raise EvaluationError(f'this task wants {what}; graftlab answers one picture or none, greedily')
+    raise EvaluationError(f'this task wants {what}; graftlab answers greedily, about pictures or text')
 
 def max_tokens(
     settings:dict, # A task's generation settings
 )->int: # Longest answer; lmms-eval's LLaVA classes take 1024 where a task says nothing
     "Longest answer of a task, once it is sure that it wants greedy decoding"
-    if (settings.get('temperature') or 0)>0 or settings.get('do_sample') or (settings.get('num_beams') or 1)>1: _refuse('sampling or beam search')
+    samples = settings.get('do_sample', (settings.get('temperature') or 0)>0)             # 0.2 beside do_sample: false, as mmvet has it, samples nothing
+    if samples or (settings.get('num_beams') or 1)>1: _refuse('sampling or beam search')
     return int(settings.get('max_new_tokens') or 1024)
 
 # %% ../nbs/07g_lmms.ipynb #c454f6cf
@@ -45,10 +46,9 @@ def as_question(
     context:str, # Text of the task, with or without `<image>`
     visuals:list, # Pictures
 )->dict: # Question for `generate_answers`
-    "A request as a question; the picture goes in front, as in training"
-    if len(visuals or [])>1: _refuse(f'{len(visuals)} pictures in one question')
+    "A request as a question; its pictures go in front, as in training"
     if visuals and isinstance(visuals[0], str): _refuse('a video')
-    return dict(id=id, image=visuals[0] if visuals else None, question=context.replace('<image>', '').strip(), answer='', type='')
+    return dict(id=id, image=list(visuals or []), question=context.replace('<image>', '').strip(), answer='', type='')
 
 # %% ../nbs/07g_lmms.ipynb #acb12a4b
 def _batches(requests, size):
@@ -143,12 +143,14 @@ def lmms_results(
 def run_lmms(
     command:list, # From `lmms_command`
     cwd=None, # Folder to start it in
+    progress:bool=False, # Let its bars and warnings through to this terminal
 )->tuple: # (scores, samples, what it printed), the first two as in `lmms_results`
     "Start lmms-eval and read what it wrote; `EvaluationError` with its last words where there is nothing"
     from graftlab.scores import EvaluationError
     out = Path(cwd or '.')/command[command.index('--output_path')+1]
     before = set(out.rglob('*_results.json'))
-    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=None if progress else subprocess.PIPE, text=True)
     if set(out.rglob('*_results.json'))==before:
-        raise EvaluationError(f"lmms-eval gave no results (exit code {run.returncode}): "+' / '.join((run.stdout+run.stderr).strip().splitlines()[-3:])[-600:])
+        last = ' / '.join((run.stdout+(run.stderr or '')).strip().splitlines()[-3:])[-600:]
+        raise EvaluationError(f"lmms-eval gave no results (exit code {run.returncode}, with {command[0]}; LMMS_PYTHON names the Python of its own environment): {last}")
     return *lmms_results(out), run.stdout

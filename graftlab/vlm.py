@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor)
 
+from .chat import Chat
 from .files import fresh_folder, write_json
 from .host import BadCheckpoint, GraftError, Host, HostMismatch, UnsupportedConfig, fingerprint, open_shard
 from .trainable import feature_stop, set_trainable, trainable_names, trainable_table
@@ -156,6 +157,11 @@ def own_place(
     return folder
 
 # %% ../nbs/04_vlm.ipynb #00000033
+def _served(tokenizer):
+    "Chat template for those who ask with transformers; one that training could not read stays as it is"
+    try: return Chat(tokenizer).served_template()
+    except UnsupportedConfig: return tokenizer.chat_template
+
 def save_vlm(
     vlm:LlavaForConditionalGeneration, # Vision-language model
     processor, # Its processor
@@ -171,6 +177,7 @@ def save_vlm(
         for c in (config, config['text_config'], config['vision_config']): c['dtype'] = str(dtype).removeprefix('torch.')
         write_json(tmp/'config.json', config)
         processor.save_pretrained(tmp)
+        if isinstance(processor.tokenizer.chat_template, str): (tmp/'chat_template.jinja').write_text(_served(processor.tokenizer), encoding='utf-8')
     return Path(folder)
 
 # %% ../nbs/04_vlm.ipynb #2ff76c20
