@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LAYOUT', 'tensor_header', 'write_tensors', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'log_step',
-           'data_id', 'source_commit', 'resume', 'finish', 'finished', 'load_trained']
+           'log_skipped', 'data_id', 'source_commit', 'resume', 'finish', 'finished', 'load_trained']
 
 # %% ../nbs/06c_checkpoint.ipynb #00000002
 import hashlib
@@ -118,6 +118,19 @@ def log_step(
 ):
     "Append a line to metrics.jsonl"
     with open(Path(out)/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(line)+'\n')
+
+def log_skipped(
+    out, # Folder of the run
+    found:list, # Pairs of a record's number in its file and why it cannot be used
+)->int: # How many the file has now
+    "Append to skipped.jsonl the records that a run leaves out, each once"
+    path = Path(out)/'skipped.jsonl'
+    had = {json.loads(l)['record'] for l in path.read_text(encoding='utf-8').splitlines()} if path.exists() else set()
+    new = {i: why for i,why in found if i not in had}
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(dict(record=i, reason=why))+'\n' for i,why in new.items()))
+    return len(had)+len(new)
 
 LAYOUT = ('micro_batch', 'shard', 'activation_checkpointing')    # how the work is spread; the numbers are the same
 

@@ -89,7 +89,6 @@ def dry_run(
     tokenizer.add_special_tokens(dict(additional_special_tokens=['<image>']), replace_extra_special_tokens=False)
     collate = Collator(tokenizer, None, tokenizer.convert_tokens_to_ids('<image>'), vlm.config.image_seq_length, args.stage, args.max_length,
                        independent_turns=args.packed)
-    if args.on_error=='skip': records.check(collate.rows)
     found = measure(records, collate)
     cost = stage_cost(vlm, recipe, found, gpus, translators, Path(folder).name[-10:])
     about = f'{found.number:,} records of {found.text:.0f} text tokens, {found.answer:.0f} supervised, {found.pictures:.2f} pictures'

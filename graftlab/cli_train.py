@@ -114,15 +114,13 @@ def same_origin(
 # %% ../nbs/14c_cli_train.ipynb #c1a00005
 def left_out(
     records, # `Conversations` that skip what is bad
-    collate, # `Collator` of the run
-    out, # Folder of the run: skipped.json
+    out, # Folder of the run: skipped.jsonl
 ):
-    "Leave out records that make no tokens too; say how many were left out, and write them down"
-    from graftlab.files import write_json
-    records.check(collate.rows)
+    "Write down the records that are left out from the start, and say how many they are"
+    from graftlab.checkpoint import log_skipped
     if int(os.environ.get('RANK', 0)) or not records.skipped: return
-    path = write_json(Path(out)/'skipped.json', [dict(record=i, reason=why) for i,why in sorted(records.skipped)])
-    print(f'{len(records.skipped)} of {len(records.source)} records left out, listed in {path}', flush=True)
+    log_skipped(out, records.skipped)
+    print(f"{len(records.skipped)} of {len(records.source)} records left out, listed in {Path(out)/'skipped.jsonl'}", flush=True)
 
 # %% ../nbs/14c_cli_train.ipynb #31ab8643
 def _trained(args, recipe, records):
@@ -136,7 +134,7 @@ def _trained(args, recipe, records):
     vlm,processor,info,weights = _start(args, empty=spread)
     same_origin(args)
     collate = Collator.from_processor(processor, args.stage, max_length=args.max_length, independent_turns=args.packed)
-    if args.on_error=='skip': left_out(records, collate, args.out)
+    if args.on_error=='skip': left_out(records, args.out)
     done = run(vlm, records, collate, recipe, args.out, trained_layers(args, info), weights=weights, workers=args.workers, trackers=tuple(args.trackers))
     leave()
     if int(os.environ.get('RANK', 0)): return
@@ -146,13 +144,14 @@ def _trained(args, recipe, records):
 # %% ../nbs/14c_cli_train.ipynb #286a9736
 def _write(args, vlm, processor, info, done):
     "Write the model and perhaps the graft, and say where they are"
-    from graftlab.checkpoint import source_commit
+    from graftlab.checkpoint import log_skipped, source_commit
     from graftlab.files import write_json
     from graftlab.vlm import save_graft, save_vlm
     out,info = Path(args.out),info | dict(kind='vlm', stage=args.stage) | (dict(layers=args.layers) if args.stage==1 else {})
     if args.stage==3: info.pop('fingerprint', None)                  # the host was trained too: its encoder is for no other model
     write_json(save_vlm(vlm, processor, out/'model')/'graftlab.json', info)
     if args.stage==2 and 'fingerprint' in info: save_graft(vlm, out/'graft', processor, info['fingerprint'], info.get('host', ''), args.stage, recipe=done.get('recipe'), commit=source_commit(), metrics={k: v for k,v in done.items() if k!='recipe'})
+    if (skipped := out/'skipped.jsonl').exists(): print(f'{log_skipped(out, [])} records were left out: see {skipped}')
     if done.get('cut'): print(f"{done['cut']} tokens were left out: the ends of conversations longer than --max-length {args.max_length}")
     print(f"stage {args.stage}: {done['steps']} steps, loss {done['loss']:.3f}; written to {', '.join(str(out/n) for n in ('model', 'graft') if (out/n).exists())}")
 
@@ -176,7 +175,7 @@ def _write(args, vlm, processor, info, done):
          arg('--workers', type=at_least(0), default=0, help='processes that prepare batches ahead (default: 0)'),
          arg('--packed', action='store_true', help="each question of a record on its own behind the picture, in one row, so that the picture is computed once; else a record is one conversation"),
          arg('--max-length', type=at_least(1), default=2048, help='tokens of a row at most; longer ones lose their last turns (default: 2048)'),
-         arg('--on-error', choices=['stop', 'skip'], default='stop', help='stop at a record that cannot be used (default), or read all first, and leave out and list the bad ones'),
+         arg('--on-error', choices=['stop', 'skip'], default='stop', help='stop at a record that cannot be used (default), or leave out and list such records; a run that stopped goes on with either'),
          examples='graftlab train 1 runs/s1 --llm small --encoder vit-s14 --data chat.json\n'
                   'graftlab train 2 runs/s2 --model runs/s1/model --data chat.json --set steps=2000 batch_size=32\n'
                   'graftlab train 3 runs/s3 --model grafted --data chat.json --config recipe.toml --dry-run --gpus 128\n'

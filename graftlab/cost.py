@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig, Llav
 from .host import GraftError, Host, UnsupportedConfig
 from .memory import activation_bytes, held_bytes
 from .recipe import Recipe, stage1, stage2, stage3
+from .records import Usable
 from .spans import cut_layers, meta_model, surrogate_config
 from .vlm import _add_image_token, assemble, feature_stop, set_trainable, tower_layers, trainable_names
 from .zoo import ENTRIES, zoo_get
@@ -105,8 +106,9 @@ def measure(
     sample:int=100, # Records to look at
 )->Records: # Their number, and mean lengths of the sample
     "Numbers of a data set of one's own, from records spread evenly through it"
-    picked = [records[i] for i in range(0, len(records), max(1, len(records)//sample))]
-    rows = [r for record in picked for r in collate.rows(record)[0]]
+    usable = Usable(records, lambda some: [row for r in some for row in collate.rows(r)[0]])
+    picked = [usable([i])[1] for i in range(0, len(records), max(1, len(records)//sample))]
+    rows = [row for rows in picked for row in rows]
     image = sum(int((r['input_ids']==collate.chat.image_id).sum()) for r in rows)
     text,answer = sum(len(r['input_ids']) for r in rows)-image,sum(len(r['target']) for r in rows)
     return Records(len(records), text/len(picked), answer/len(picked), image/collate.chat.image_tokens/len(picked))

@@ -20,7 +20,7 @@ def row_draws(
     ids:list, # Record of each row, `batch['ids']`
     seed:int, # Of the run
     step:int, # Optimiser step
-    before:list=None, # How often the step had each row's record before; None: never
+    before:list=None, # How often the step had each row's record before, and which of its rows it is; None: neither
 )->list: # A number for each row, to seed its noise with
     "Where the noise of each row of a micro-batch starts, whatever other rows are beside it"
     return [zlib.crc32(f'{seed}:{step}:{i}:{n}'.encode()) for i,n in zip(ids, before or [0]*len(ids), strict=True)]

@@ -29,11 +29,13 @@ from tqdm.auto import tqdm
 
 from .attention import attention, attention_for
 from .cut_noise import CutNoise, noise_before, noisy, row_draws, row_noise
-from .checkpoint import data_id, finish, finished, load_checkpoint, load_trained, log_step, resume, save_checkpoint
+from .checkpoint import data_id, finish, finished, load_checkpoint, load_trained, log_skipped, log_step, resume, save_checkpoint
 from .data import block_mask
 from .host import GraftError, Host, attention_masks
+from .images import BadRecord
 from .loss import step_factors, token_loss
 from .order import draw, draw_alike, record_size, shares
+from .records import Usable
 from .recipe import Recipe, schedule, stage0, stage1, stage2, stage3
 from .sharding import exchange, place, whole, wrap
 from .vlm import embed, image_features, set_trainable, tower_pixels, trainable_names
@@ -125,6 +127,12 @@ def _counted(drawn):
     for i in drawn: pairs.append((i, seen[i])); seen[i] += 1
     return pairs
 
+def _occurrences(ids, records, before):
+    "For each row of a micro-batch, how often the step had its record before, and which of the record's rows it is"
+    if len(ids)==len(records): return list(before)                   # one row each
+    rows,times = Counter(ids),Counter(r['id'] for r in records)
+    return [f'{n}.{j}' if j else n for r,n in zip(records, before) for j in range(rows[r['id']]//times[r['id']])]
+
 class Passes(Dataset):
     "All forward passes of one rank, in order; item j is a collated micro-batch"
     def __init__(self,
@@ -135,7 +143,7 @@ class Passes(Dataset):
         rank:int=0, # This process
         world:int=1, # Number of processes
     ):
-        self.records,self.collate,self.recipe,self.steps,self.rank,self.world = records,collate,recipe,steps,rank,world
+        self.records,self.usable,self.recipe,self.steps,self.rank,self.world = records,Usable(records, collate),recipe,steps,rank,world
         tokens = getattr(getattr(collate, 'chat', None), 'image_tokens', 0)
         self.sizes = [record_size(records[i], tokens) for i in range(len(records))] if recipe.group_by_length else None
         self.per_step = len(self.indices(0))
@@ -149,8 +157,9 @@ class Passes(Dataset):
     def __getitem__(self, j):
         step,place = divmod(j, self.per_step)
         numbers,before = zip(*self.indices(step)[place])
-        batch = self.collate([self.records[i] for i in numbers])
-        return batch | (dict(draws=row_draws(batch['ids'], self.recipe.seed, step, before)) if 'ids' in batch else {})
+        records,batch,found = self.usable(numbers)
+        if found: batch['skipped'] = found
+        return batch | (dict(draws=row_draws(batch['ids'], self.recipe.seed, step, _occurrences(batch['ids'], records, before))) if 'ids' in batch else {})
 
 # %% ../nbs/06_train.ipynb #0000001c
 def check_finite(
@@ -263,13 +272,19 @@ def _tracked(acc, recipe):
     finally:
         for t in acc.trackers: t.finish()
 
+def _taken(loader, n, out):
+    "The next batches; records that were found unusable on the way are written down"
+    try: batches = [next(loader) for _ in range(n)]
+    except BadRecord as e: raise type(e)(str(e).rpartition(f'{type(e).__name__}: ')[2].strip()) from None      # a worker puts its whole traceback before it
+    if found := [pair for b in batches for pair in b.pop('skipped', [])]: log_skipped(out, found)
+    return batches
+
 def _loop(acc, model, optimizer, params, passes, out, todo, workers, hide):
     "The steps `todo`, with metrics, checkpoints and a clean stop; whether a signal came too late for one"
     recipe,steps,main = passes.recipe,passes.steps,acc.is_main_process
     with noted_signals() as signals, _loader(passes, todo.start, workers) as loader, tqdm(total=steps, initial=todo.start, desc=out.name, disable=hide) as bar:
         for step in todo:
-            batches = lambda: [next(loader) for _ in range(passes.per_step)]
-            line,stop = _step(acc, model, optimizer, params, batches, recipe, step, steps, lambda: bool(signals))
+            line,stop = _step(acc, model, optimizer, params, lambda: _taken(loader, passes.per_step, out), recipe, step, steps, lambda: bool(signals))
             if main: log_step(out, line)
             acc.log({k: v for k,v in line.items() if k!='step'}, step=step+1)
             if stop or (step+1)%recipe.checkpoint_every==0: save_checkpoint(out/'checkpoints', step+1, params, optimizer, recipe.keep, writes=main)

@@ -196,6 +196,8 @@ def test_every_bad_picture_is_named_and_none_is_lost(zoo):
     path = folder/'train.json'
     path.write_text(json.dumps([dict(id=f'id-{n}', image=n, conversations=talk('<image>', 'Yes.')) for n in names]))
     ds = load_conversations(path, on_error='skip')
+    assert len(ds) == len(names)-3 # text and file names tell of three
+    ds.check(open_images)
     assert [r['id'] for r in ds] == [f'id-{n}' for n in names if n in good]
     assert len(ds)+len(ds.skipped) == len(names)
     for i, why in ds.skipped:

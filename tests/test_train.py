@@ -23,7 +23,9 @@ from families import FAMILIES, TEXT, make_tokenizer
 from graftlab.checkpoint import load_trained
 from graftlab.data import Collator
 from graftlab.host import GraftError
+from graftlab.images import BadRecord
 from graftlab.order import draw_alike
+from graftlab.records import load_conversations
 from graftlab.train import Passes, StepLoss, draw, fit, make_accelerator, optimiser_step, schedule, shares, stage3, train
 from graftlab.vlm import build_vlm, set_trainable, trainable_names
 
@@ -169,6 +171,44 @@ def test_tokens_that_truncation_leaves_out_are_counted(tmp_path):
     over = [max(0, n-limit) for n in lengths]
     want = [sum(over[i] for i in draw(10, s, 4)) for s in range(3)]
     assert [m.get("cut", 0) for m in metrics(tmp_path/"run")] == want and done["cut"] == sum(want) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_a_broken_picture_stopped_goes_on_without_it(workers, tmp_path):
+    "As if it had been left out from the beginning, bit for bit; the record is named, and listed once however often it is drawn"
+    whole = make_records(tmp_path, 24)
+    asked = recipe(batch_size=6, steps=9, checkpoint_every=1, micro_batch=2)
+    broken = draw(24, 2, 6, asked.seed)[1]
+    (tmp_path/f"{broken}.png").write_bytes(b"no picture")
+    def running(out, on_error):
+        vlm, collate = make_vlm()
+        return train(vlm, load_conversations(whole, on_error=on_error), collate, asked, tmp_path/out, workers=workers, progress=False)
+    with pytest.raises(BadRecord) as e: running("stopped", "stop")
+    assert str(e.value).startswith(f"records: record {broken} (id '{broken}'): ") and "\n" not in str(e.value) and "--on-error skip" in str(e.value)
+    assert len(metrics(tmp_path/"stopped")) == 2 or workers # batches are prepared ahead
+    running("stopped", "skip")
+    running("whole", "skip")
+    a, b = (load_file(tmp_path/n/"trained.safetensors") for n in ("stopped", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    for n in ("stopped", "whole"): assert [json.loads(l)["record"] for l in (tmp_path/n/"skipped.jsonl").read_text().splitlines()] == [broken]
+    with_it = draw(24, 2, 6, asked.seed)
+    vlm, collate = make_vlm()
+    seen = [i for j in range(6, 9) for i in Passes(load_conversations(whole, on_error="skip"), collate, asked, 9)[j]["ids"]]
+    assert seen == [str((i+1) % 24 if i == broken else i) for i in with_it]
+
+
+def test_a_packed_record_may_take_several_rows(tmp_path):
+    "Each has noise of its own, and a record that is drawn twice has other noise the second time"
+    record = make_records(tmp_path, 1)[0]
+    record["conversations"] = record["conversations"]*6
+    for m in record["conversations"][2::2]: m["value"] = m["value"].replace("<image>\n", "")
+    record["conversations"][0] = dict(record["conversations"][0], value="<image>\n"+record["conversations"][2]["value"])
+    vlm, _ = make_vlm()
+    _, processor = make_vlm()
+    collate = Collator(processor.tokenizer, processor.image_processor, processor.chat.image_id, 4, 2, max_length=40, independent_turns=True, system="")
+    batch = Passes([record], collate, recipe(batch_size=2), 1)[0]
+    assert len(batch["ids"]) > 2 and len(set(batch["draws"])) == len(batch["draws"]) == len(batch["ids"])
+    train(vlm, [record], collate, recipe(batch_size=2, steps=1), tmp_path/"out", progress=False)
 
 
 @pytest.mark.parametrize("case", CASES)
