@@ -138,12 +138,12 @@ def _plain(recipe):
     "A recipe as JSON gives it back"
     return json.loads(json.dumps(asdict(recipe)))
 
-def _same(kept, recipe):
-    "Is a recipe from a JSON file this one, but for the layout? Fields that are newer than the file had their defaults"
+def _unlike(kept, recipe):
+    "Fields in which a recipe from a JSON file is another, (then, now) of each, but for the layout; those that are newer than the file had their defaults"
     newer = json.loads(json.dumps({f.name: f.default for f in fields(recipe) if f.default is not MISSING}))
     layout = LAYOUT if recipe.stage else LAYOUT[1:]                  # stage 0 draws positions in each forward pass
     a,b = [{k: v for k,v in r.items() if k not in (*layout, 'data')} for r in (newer | kept, _plain(recipe))]
-    return a==b
+    return {k: (a.get(k), b.get(k)) for k in a|b if a.get(k)!=b.get(k)}
 
 # %% ../nbs/06c_checkpoint.ipynb #0000001a
 def data_id(
@@ -160,7 +160,8 @@ def data_id(
 def _check_run(path, what, recipe, data):
     "Raise `GraftError` unless a run's JSON file tells of this recipe and, where both say, of these data"
     told,advice = json.loads(path.read_text()),f"(see {path.name}): use another folder, or remove it"
-    if not _same(told.get('recipe', told), recipe): raise GraftError(f"{path.parent} holds {what} with another recipe {advice}")
+    if other := _unlike(told.get('recipe', told), recipe):
+        raise GraftError(f"{path.parent} holds {what} with another recipe, {'; '.join(f'{k} was {a} and is {b}' for k,(a,b) in other.items())} {advice}")
     had = told.get('data')
     if had and data and had!=data:
         raise GraftError(f"{path.parent} holds {what} on other data, {had['records']} records then and {data['records']} now {advice}")

@@ -43,8 +43,10 @@ def _conversations(path, samples, seed):
     except (OSError, ValueError) as e: raise GraftError(f'{path}: {e}') from e
     for i,line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: records.append(json.loads(line)['messages'])
-        except (ValueError, KeyError, TypeError): raise GraftError(f'{path}, line {i}: expected a JSON object with a list `messages` of role and content') from None
+        try: messages = json.loads(line)['messages']
+        except (ValueError, KeyError, TypeError): messages = None
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in messages): records.append(messages)
+        else: raise GraftError(f'{path}, line {i}: expected a JSON object with a list `messages` of role and content')
     if not records: raise GraftError(f'{path} holds no conversation')
     return random.Random(seed).sample(records, min(samples, len(records)))
 

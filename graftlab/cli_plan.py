@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, positive
 
 # %% ../nbs/14g_cli_plan.ipynb #cb2f3763
 def _seconds(given):
@@ -43,10 +43,10 @@ def _data(args):
          arg('--config', metavar='TOML', help='recipe file'),
          arg('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', help='change all recipes, e.g. shard=16 activation_checkpointing=true'),
          arg('--records', type=at_least(1), nargs='+', metavar='N', help="records of the stages, one number or one a stage (default: the paper's)"),
-         arg('--text', type=float, default=192, metavar='N', help='tokens of a record besides its picture (default: 192)'),
-         arg('--answer', type=float, default=96, metavar='N', help='supervised tokens of a record (default: 96)'),
+         arg('--text', type=positive, default=192, metavar='N', help='tokens of a record besides its picture (default: 192)'),
+         arg('--answer', type=positive, default=96, metavar='N', help='supervised tokens of a record (default: 96)'),
          arg('--image-size', type=at_least(1), metavar='PX', help="side of the square input (default: the encoder's own)"),
-         arg('--tflops', type=float, metavar='X', help='what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
+         arg('--tflops', type=positive, metavar='X', help='what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
          arg('--seconds', nargs='+', action='extend', default=[], metavar='STAGE=S', help='seconds of a step that somebody timed, e.g. 3=20.5; they also set the rate'),
          examples='graftlab plan smollm2 --encoder vit-s14 --start 23 --end 28\n'
                   'graftlab plan my-70b --encoder my-clip --start 40 --end 78 --gpus 128 --seconds 3=20.5 --set shard=16 activation_checkpointing=true')

@@ -8,9 +8,10 @@ __all__ = ['open_vlm', 'model_type', 'check_llava', 'trained_layers', 'check_sta
 # %% ../nbs/14c_cli_train.ipynb #00000002
 import json
 import os
+import sys
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, positive
 
 # %% ../nbs/14c_cli_train.ipynb #00000006
 def open_vlm(
@@ -37,6 +38,7 @@ def check_llava(
 ):
     "`UnsupportedConfig` unless a folder holds a vision-language model; transformers would fill one of 7B with random numbers"
     from graftlab.host import UnsupportedConfig
+    if _note(folder).get('kind')=='graft': raise UnsupportedConfig(f"{folder} is a graft, encoder and adapter alone: `graftlab graft` makes a model of it and its host; RUN/model is the one that stage 2 trained")
     if (kind := model_type(folder))!='llava': raise UnsupportedConfig(f"{folder} is a model of type {kind}, not a vision-language model: `graftlab train` and `graftlab graft` write one")
 
 def _note(folder):
@@ -74,6 +76,7 @@ def _start(args, empty=False):
     from graftlab.vlm import build_vlm, host_fingerprint
     from graftlab.zoo import get_encoder, get_llm
     check_start(args)
+    if args.stage==3 and (_note(args.model or get_llm(args.llm)).get('translators')): print('graftlab: this model is on a surrogate, and stage 3 is for the full one: `graftlab graft` plugs the encoder of stage 2 into it', file=sys.stderr)
     if args.model:
         if not empty: return *open_vlm(args.model), None
         check_llava(args.model)
@@ -171,7 +174,7 @@ def _write(args, vlm, processor, info, done):
          arg('--dry-run', action='store_true', help='print trained parameters, memory, steps, arithmetic and hours; train nothing'),
          arg('--gpus', type=at_least(1), help='for the dry run: devices (default: those it is launched on)'),
          arg('--trackers', nargs='+', default=[], metavar='NAME', help="accelerate's trackers beside metrics.jsonl, e.g. tensorboard wandb"),
-         arg('--tflops', type=float, metavar='X', help='for the dry run: what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
+         arg('--tflops', type=positive, metavar='X', help='for the dry run: what one device achieves, in 10^12 operations a second (default: measured on this machine)'),
          arg('--workers', type=at_least(0), default=0, help='processes that prepare batches ahead (default: 0)'),
          arg('--packed', action='store_true', help="each question of a record on its own behind the picture, in one row, so that the picture is computed once; else a record is one conversation"),
          arg('--max-length', type=at_least(1), default=2048, help='tokens of a row at most; longer ones lose their last turns (default: 2048)'),

@@ -54,6 +54,7 @@ def fresh_folder(
     try:
         yield tmp
         for f in tmp.rglob('*'):
+            if not f.is_symlink(): f.chmod(f.stat().st_mode | (0o755 if f.is_dir() else 0o644))     # libraries leave some for their owner alone
             if f.is_file():
                 with open(f, 'rb') as h: os.fsync(h.fileno())
         os.chmod(tmp, 0o755)

@@ -17,10 +17,10 @@ from .lens import BadSample
 
 # %% ../nbs/00e_prompts.ipynb #c8fc62ec
 def load_tokenizer(
-    folder:str|Path, # Checkpoint folder
+    folder:str|Path, # Checkpoint folder, or a hub id
 ): # Its tokenizer
-    "The tokenizer beside a checkpoint"
-    if not any((Path(folder)/f).exists() for f in ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')):
+    "The tokenizer beside a checkpoint; `BadCheckpoint` for a folder without one"
+    if Path(folder).is_dir() and not any((Path(folder)/f).exists() for f in ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')):
         raise BadCheckpoint(f"{folder}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the model into it")
     return AutoTokenizer.from_pretrained(folder)
 

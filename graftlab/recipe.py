@@ -54,8 +54,9 @@ class Recipe:
 def _refuse(recipe):
     "`GraftError` for a value that no run can have"
     get = lambda k: getattr(recipe, k)
-    for k in ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'):
-        if get(k) is not None and get(k)<1: raise GraftError(f'{k} = {get(k)}: at least one is needed')
+    for least,names in {1: ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'), 0: ('lr', 'lr_adapter', 'eps', 'weight_decay', 'clip', 'noise', 'cut_noise')}.items():
+        for k in names:
+            if get(k) is not None and not get(k)>=least: raise GraftError(f"{k} = {get(k)}: at least {least} is needed")
     for k,words in dict(cut_noise_unit=('rms', 'median'), response_weight=(None, 'paper', 'official', 'literal'), precision=('bf16', 'no')).items():
         if get(k) not in words: raise GraftError(f"{k} = {get(k)!r}: expected {', '.join(map(str, words[:-1]))} or {words[-1]}")
     for k,(fits,what) in dict(

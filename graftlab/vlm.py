@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from .chat import Chat
 from .files import fresh_folder, write_json
 from .host import BadCheckpoint, GraftError, Host, HostMismatch, UnsupportedConfig, fingerprint, open_shard
+from .prompts import load_tokenizer
 from .trainable import feature_stop, set_trainable, trainable_names, trainable_table
 from .vision import image_processor, resize_tower, run_tower, tower_layers, tower_pixels
 from .zoo import check_folder, get_llm
@@ -124,7 +124,7 @@ def build_vlm(
     processor=None, # Image processor; None: from the encoder's folder
 ): # (model, processor): LlavaForConditionalGeneration and LlavaProcessor
     "A vision-language model from a decoder and an encoder, with a new adapter scaled to the word embeddings"
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(decoder if isinstance(decoder, (str, Path)) else decoder.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(decoder if isinstance(decoder, (str, Path)) else decoder.name_or_path)
     for source in (decoder, encoder):
         if isinstance(source, (str, Path)) and Path(source).is_dir(): check_folder(source)
     if isinstance(decoder, (str, Path)): decoder = AutoModelForCausalLM.from_pretrained(decoder, dtype=dtype, use_safetensors=True)

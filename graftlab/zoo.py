@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .convert import emoji_folder, from_gguf, join_parts, vit_from_onnx
 from .files import fresh_folder, write_json
-from .host import BadCheckpoint
+from .host import BadCheckpoint, open_shard
 from .packages import Source, ZooError, fetch, sha256, unpack
 from .texts import make_texts
 
@@ -214,10 +214,12 @@ def _refuse_pickled(where, names):
 def check_folder(
     folder:Path, # A checkpoint folder
 )->Path: # The same folder
-    "Refuse a checkpoint folder without config.json or safetensors; pickled weights are named, with the way to convert them"
+    "Refuse a checkpoint folder without config.json or whole safetensors; pickled weights are named, with the way to convert them"
     folder = Path(folder)
     if not (folder/'config.json').is_file(): raise BadCheckpoint(f"{folder} has no config.json; a checkpoint folder as `save_pretrained` writes it is expected")
-    if any(folder.glob('*.safetensors')): return folder
+    for file in (files := sorted(folder.glob('*.safetensors'))):
+        with open_shard(file): pass
+    if files: return folder
     _refuse_pickled(folder, [p.name for p in folder.iterdir()])
     raise BadCheckpoint(f"{folder} holds no *.safetensors file")
 
