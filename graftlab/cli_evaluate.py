@@ -75,7 +75,7 @@ def _lmms(args):
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000009
 @command(arg('model', metavar='MODEL', help='model folder, e.g. from `graftlab graft`; with --text also a zoo name or hub id'),
-         arg('questions', metavar='FILE', nargs='?', help='JSON list of questions'),
+         arg('questions', metavar='FILE', nargs='?', help='JSON list of questions: id, image, question, answer, type, candidates; without any candidates they are answered, not ranked'),
          arg('--images', metavar='DIR', help='with FILE: folder of the pictures (default: where FILE is)'),
          arg('--text', action='store_true', help='score the language model with lm-evaluation-harness, in place of FILE'),
          arg('--lmms', action='store_true', help='score the vision-language model with lmms-eval, in place of FILE'),

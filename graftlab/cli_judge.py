@@ -65,6 +65,7 @@ def judge(args):
     endpoint = Endpoint(args.base_url, args.model, args.key_env, args.api)
     plan = estimate_cost(samples, endpoint, args.cache, args.prices)
     print(f"{plan['samples']} to be judged, {plan['cached']} in {args.cache}; about {plan['input']} input and {plan['output']} output tokens, cost {plan['cost']:.2f}", flush=True)
+    if plan['bad']: print(f"{len(plan['bad'])} cannot be sent, e.g. {next(iter(plan['bad'].values()))}", flush=True)
     if args.max_cost is not None and plan['cost']>args.max_cost: raise JudgeError(f"the estimate of {plan['cost']:.2f} is above --max-cost {args.max_cost}: nothing was sent")
     if args.estimate: return
     _report(args, ask(samples, endpoint, args.cache, args.concurrency), len(samples))

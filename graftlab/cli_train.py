@@ -185,9 +185,12 @@ def _write(args, vlm, processor, info, done):
                   'torchrun --nproc-per-node 8 --no-python graftlab train 2 runs/s2 --model runs/s1/model --data chat.json')
 def train(args):
     "Train one stage of Grafting on LLaVA conversations"
+    from graftlab.host import GraftError
     from graftlab.recipe import read_recipe
     from graftlab.records import load_conversations
     from graftlab.vlm import own_place
+    if not args.dry_run and (args.gpus or args.tflops):
+        raise GraftError(f'--gpus and --tflops are for --dry-run; a training has the processes that it is launched with: torchrun --nproc-per-node {args.gpus or 8} --no-python graftlab train ...')
     recipe,records = read_recipe(args.config, args.stage, args.set),load_conversations(args.data, args.images, args.on_error)
     if args.dry_run:
         from graftlab.cli_plan import dry_run

@@ -22,8 +22,8 @@ def summarize(
     types,scores = {},{}
     for t in dict.fromkeys(q['type'] for q in questions):
         idx = [i for i,q in enumerate(questions) if q['type']==t]
-        types[t] = dict(n=len(idx), candidates=list(dict.fromkeys(c for i in idx for c in questions[i]['candidates'])),
-                        chance=mean(1/len(questions[i]['candidates']) for i in idx))
+        types[t] = dict(n=len(idx), candidates=list(dict.fromkeys(c for i in idx for c in questions[i].get('candidates', []))),
+                        chance=mean(1/len(c) if (c := questions[i].get('candidates')) else 0. for i in idx))
         scores[t] = {}
         for measure,hits in right.items():
             k = int(hits[idx].sum())
@@ -35,7 +35,7 @@ def summarize(
 def evaluate(
     model, # `LlavaForConditionalGeneration`, or a decoder alone for questions without pictures
     processor, # Its processor, or the decoder's tokenizer
-    questions:list, # Questions with candidates
+    questions:list, # Questions with candidates; if none of them has any, they are answered only
     batch_size:int=32, # Questions a batch
     max_new_tokens:int=16, # Tokens after which a generated answer is cut off
     normalize:str='sum', # As in `rank_candidates`
@@ -43,18 +43,18 @@ def evaluate(
     progress:bool=True, # Show progress bars
 )->dict: # types, scores, predictions: plain Python, ready for JSON
     "Rank and generate, and count what is right by type"
-    check_questions(questions)
+    given = any(q.get('candidates') for q in questions)
+    check_questions(questions, ranked=given)
     chat = chat_of(model, processor, system)
     for q in questions:
         ids,start = encode_question(chat, q, q['answer'])
         if len(ids)-start>max_new_tokens:
             raise EvaluationError(f"question {q['id']!r}: its answer has {len(ids)-start} tokens with the end of the turn, max_new_tokens is {max_new_tokens}")
-    _,ranked = rank_candidates(model, processor, questions, batch_size, normalize, system, progress)
-    generated = generate_answers(model, processor, questions, max_new_tokens, batch_size, system, progress)
+    said = dict(ranked=rank_candidates(model, processor, questions, batch_size, normalize, system, progress)[1]) if given else {}
+    said['generated'] = generate_answers(model, processor, questions, max_new_tokens, batch_size, system, progress)
     answers = [q['answer'] for q in questions]
-    types,scores = summarize(questions, dict(rank=exact_match(ranked, answers), exact=exact_match(generated, answers)))
-    return dict(types=types, scores=scores, predictions=[
-        dict(id=q['id'], type=q['type'], answer=q['answer'], ranked=r, generated=g) for q,r,g in zip(questions, ranked, generated)])
+    types,scores = summarize(questions, {m: exact_match(said[k], answers) for m,k in dict(rank='ranked', exact='generated').items() if k in said})
+    return dict(types=types, scores=scores, predictions=[dict(id=q['id'], type=q['type'], answer=q['answer']) | {k: v[i] for k,v in said.items()} for i,q in enumerate(questions)])
 
 # %% ../nbs/07_evaluate.ipynb #f446e1be
 def type_table(

@@ -201,16 +201,16 @@ def estimate_cost(
     cache, # File of the verdicts
     prices:tuple=(0., 0.), # Price of a million input and output tokens
     reply:int=120, # Output tokens of one verdict
-)->dict: # samples to be judged, cached, input and output tokens, cost in the currency of the prices
+)->dict: # samples to be judged, cached, input and output tokens, cost in the currency of the prices; bad: id -> reason of those that cannot be sent
     "What judging will cost, by estimate; nothing is sent"
-    keys,_ = samples_by_key(endpoint, samples)
+    keys,bad = samples_by_key(endpoint, samples)
     with Verdicts(cache) as kept: todo = {keys[s['id']]: s for s in samples if s['id'] in keys and keys[s['id']] not in kept.found}
     tokens = 0
     for s in todo.values():
         width,height = open_image(s['image']).size if s['image'] is not None else (0, 0)
         tokens += math.ceil((len(SYSTEM)+len(sample_text(s)))/4)+math.ceil(width*height/750)
     cost = (tokens*prices[0]+len(todo)*reply*prices[1])/1e6
-    return dict(samples=len(todo), cached=len(keys)-len(todo), input=tokens, output=reply*len(todo), cost=cost)
+    return dict(samples=len(todo), cached=len(keys)-len(todo), input=tokens, output=reply*len(todo), cost=cost, bad=bad)
 
 # %% ../nbs/07d_judge.ipynb #00000024
 def judge_samples(

@@ -248,14 +248,15 @@ def _get(name, kind, revision):
         raise ZooError(f"{name!r} is of kind {ENTRIES[name].kind!r} in the zoo, asked for was {kind!r} (a local folder of that name: ./{name})")
     path = Path(name).expanduser()
     if not path.exists():
+        name,_,own = name.partition('@')
         if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name): raise ZooError(f"{name!r} is neither of the zoo "
-            f"({', '.join(k for k,e in ENTRIES.items() if e.kind==kind)}), nor a folder, nor a hub id (owner/name)")
-        path = _from_hub(name, kind, revision)
+            f"({', '.join(k for k,e in ENTRIES.items() if e.kind==kind)}), nor a folder, nor a hub id (owner/name or owner/name@revision)")
+        path = _from_hub(name, kind, revision or own or None)
     return path if kind=='data' else check_folder(path)
 
 # %% ../nbs/13_zoo.ipynb #624d5dc8
 def get_llm(
-    name:str, # Name of the zoo ('smollm2'), a checkpoint folder, or a hub id such as 'Qwen/Qwen3-4B'
+    name:str, # Name of the zoo ('smollm2'), a checkpoint folder, or a hub id such as 'Qwen/Qwen3-4B' or 'Qwen/Qwen3-4B@main'
     revision:str|None=None, # Branch, tag or commit, for hub ids
 )->Path: # Checkpoint folder: config.json, safetensors, tokenizer
     "Checkpoint folder of a language model"
