@@ -25,8 +25,9 @@ def _asked(args):
     from graftlab.evaluate import evaluate as score, type_table
     from graftlab.files import write_json
     questions = read_questions(args.questions, args.images)[:args.limit]
-    vlm,processor,_ = open_vlm(args.model)
-    vlm = vlm.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
+    gpu = torch.cuda.is_available()
+    vlm,processor,_ = open_vlm(args.model, 'auto' if gpu else 'float32')              # many processors only emulate bf16
+    vlm = vlm.eval().to('cuda' if gpu else 'cpu')
     result = score(vlm, processor, questions, args.batch_size or 32, 16 if args.max_new_tokens is None else args.max_new_tokens, progress=sys.stderr.isatty())
     if args.out: write_json(args.out, result)
     rows = type_table({args.model: result})
@@ -61,7 +62,8 @@ def _lmms(args):
     from graftlab.scores import EvaluationError
     from graftlab.zoo import check_folder
     tasks,include = [*PAPER_BENCHMARKS.values()] if args.tasks==['paper'] else args.tasks,args.include and Path(args.include).resolve()
-    options = dict(batch_size=args.batch_size or 8, include=include, limit=args.limit, device=None if torch.cuda.is_available() else 'cpu')
+    options = dict(batch_size=args.batch_size or 8, include=include, limit=args.limit,
+                   device=None if torch.cuda.is_available() else 'cpu', device_map='auto' if torch.cuda.device_count()>1 else None)
     model,scores,samples,failed = check_folder(args.model).resolve(),{},{},[]
     for task in tasks:
         with tempfile.TemporaryDirectory() as out:

@@ -16,16 +16,16 @@ from .command import arg, at_least, command, positive
 # %% ../nbs/14c_cli_train.ipynb #00000006
 def open_vlm(
     folder, # LLaVA folder
-): # (model in fp32, processor, what graftlab.json says)
+    dtype='float32', # Of the weights in memory, as trained ones are; 'auto': as they are on disk
+): # (model, processor, what graftlab.json says)
     "Model, processor and graftlab.json of a model folder"
-    import torch
     from transformers import LlavaForConditionalGeneration
     import graftlab.pruned_vlm # makes towers with a codebook known to transformers
     from graftlab.vision import load_processor
     from graftlab.zoo import check_folder
     info = _note(check_folder(folder))
     check_llava(folder)
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True), load_processor(folder), info
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True), load_processor(folder), info
 
 def model_type(
     folder, # Checkpoint folder
@@ -213,7 +213,8 @@ def graft(args):
     from graftlab.zoo import get_llm
     own_place(args.out, 'vlm')
     host = get_llm(args.host)
-    vlm,processor = plug(args.graft, host, check=not args.any_host)
-    out = save_vlm(vlm, processor, args.out, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    vlm,processor = plug(args.graft, host, check=not args.any_host, dtype=dtype)      # a 70B host takes 141 GB of memory in bfloat16, twice that in float32
+    out = save_vlm(vlm, processor, args.out, dtype)
     write_json(out/'graftlab.json', dict(kind='vlm', fingerprint=host_fingerprint(host), host=args.host, translators=[]))
     print(f'{out}: a LLaVA model of {sum(p.numel() for p in vlm.parameters()):,} parameters; AutoModelForImageTextToText and AutoProcessor load it')

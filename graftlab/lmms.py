@@ -70,6 +70,7 @@ class Answers:
         device:str=None, # None: this process's GPU, else CPU
         dtype:str='auto', # As stored, or a torch dtype's name
         system:str=None, # System prompt; None: the folder's template decides, empty: none
+        device_map:str=None, # 'auto': the layers spread over all GPUs, for models that no single one holds
     ):
         super().__init__()
         from accelerate import Accelerator
@@ -78,7 +79,8 @@ class Answers:
         from graftlab.vision import load_processor
         self.accelerator = Accelerator(cpu=device=='cpu')
         self._rank,self._world_size,self.device = self.accelerator.process_index,self.accelerator.num_processes,device or self.accelerator.device
-        self.model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, use_safetensors=True).to(self.device).eval()
+        self.model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, device_map=device_map, use_safetensors=True).eval()
+        if not device_map: self.model.to(self.device)
         self.processor = load_processor(pretrained)
         self.batch_size,self.system = int(batch_size),system
 
@@ -114,13 +116,15 @@ def lmms_command(
     system:str=None, # As in `Answers`, without commas; for 'graftlab' only
     include=None, # Folder with further tasks in lmms-eval's YAML
     limit:int=None, # First so many questions of each task
+    device_map:str=None, # 'auto': over all GPUs
 )->list: # Command for `subprocess` or a shell
     "lmms-eval's own command line, with the Python named by LMMS_PYTHON"
     from graftlab.scores import EvaluationError
     if model_class=='llava_hf' and batch_size!=1: raise EvaluationError("lmms-eval's llava_hf takes one question at a time: batch_size=1, or model_class='graftlab'")
     if system is not None and (model_class!='graftlab' or ',' in system): raise EvaluationError("`system` is for model_class='graftlab', and cannot hold a comma")
     args = dict(pretrained=folder) | (dict(device=device) if device else {}) | (dict(system=system) if system is not None else {})
-    if model_class=='llava_hf': args['device_map'] = device or 'cuda'                    # its default, an empty one, is refused by transformers 5
+    if model_class=='llava_hf' and not device_map: device_map = device or 'cuda'         # its default, an empty one, is refused by transformers 5
+    if device_map: args['device_map'] = device_map
     more = [*(['--force_simple'] if model_class=='llava_hf' else []), *(['--include_path', str(include)] if include else []), *(['--limit', str(limit)] if limit else [])]
     return [os.environ.get('LMMS_PYTHON', sys.executable), '-m', 'lmms_eval', '--model', model_class, '--model_args', ','.join(f'{k}={v}' for k,v in args.items()),
             '--tasks', ','.join(tasks), '--batch_size', str(batch_size), '--output_path', str(out), '--log_samples', *more]
