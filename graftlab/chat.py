@@ -162,10 +162,10 @@ def truncate(
     "Cut to `max_length` tokens without cutting a picture or keeping a question without its answer"
     if len(tokens)<=max_length: return tokens
     begun = tokens.turn[:max_length][tokens.kind[:max_length]==Kind.RESPONSE]
-    if not len(begun): raise BadRecord(f"of {len(tokens)} tokens no response begins within the first {max_length}: raise max_length or shorten the record")
+    if not len(begun): raise BadRecord(f"of {len(tokens)} tokens no response begins within the first {max_length}: raise max_length (--max-length) or shorten the record")
     kept = tokens[:max_length][tokens.turn[:max_length]<=begun.max()]
     if (tokens.kind==Kind.IMAGE).sum()>(kept.kind==Kind.IMAGE).sum():
-        raise BadRecord(f"a picture lies behind the first {max_length} tokens of {len(tokens)}: raise max_length or shorten the record")
+        raise BadRecord(f"a picture lies behind the first {max_length} tokens of {len(tokens)}: raise max_length (--max-length) or shorten the record")
     return kept
 
 # %% ../nbs/03c_chat.ipynb #47fcd0e2

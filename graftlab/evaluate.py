@@ -49,7 +49,7 @@ def evaluate(
     for q in questions:
         ids,start = encode_question(chat, q, q['answer'])
         if len(ids)-start>max_new_tokens:
-            raise EvaluationError(f"question {q['id']!r}: its answer has {len(ids)-start} tokens with the end of the turn, max_new_tokens is {max_new_tokens}")
+            raise EvaluationError(f"question {q['id']!r}: its answer has {len(ids)-start} tokens with the end of the turn, max_new_tokens is {max_new_tokens} (--max-new-tokens)")
     said = dict(ranked=rank_candidates(model, processor, questions, batch_size, normalize, system, progress)[1]) if given else {}
     said['generated'] = generate_answers(model, processor, questions, max_new_tokens, batch_size, system, progress)
     answers = [q['answer'] for q in questions]

@@ -120,7 +120,7 @@ def make_accelerator(
         warnings.warn("this processor has no bfloat16 instructions, they are emulated: precision='no' (`--set precision=no`) is several times as fast")
     return acc
 
-# %% ../nbs/06_train.ipynb #00000019
+# %% ../nbs/06_train.ipynb #06a0b011
 def _counted(drawn):
     "Pairs of a record's number and how often the step had it before"
     seen,pairs = Counter(),[]
@@ -133,6 +133,7 @@ def _occurrences(ids, records, before):
     rows,times = Counter(ids),Counter(r['id'] for r in records)
     return [f'{n}.{j}' if j else n for r,n in zip(records, before) for j in range(rows[r['id']]//times[r['id']])]
 
+# %% ../nbs/06_train.ipynb #00000019
 class Passes(Dataset):
     "All forward passes of one rank, in order; item j is a collated micro-batch"
     def __init__(self,

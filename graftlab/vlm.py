@@ -246,7 +246,7 @@ def _check_host(folder, note, host):
     found = host_fingerprint(host)
     if found!=note.get('fingerprint'):
         raise HostMismatch(f"{folder} was made for host {note.get('host') or '?'} ({note.get('fingerprint')}), this host is {found}. "
-                           "Use that host, or check=False if you know that both share their embedding space.")
+                           "Use that host, or check=False (--any-host) if you know that both share their embedding space.")
 
 # %% ../nbs/04_vlm.ipynb #04f00004
 def _read_weights(folder, vlm):
