@@ -116,10 +116,10 @@ def measure(
 # %% ../nbs/12_cost.ipynb #0000000f
 def _rows(vlm, records, batch, kind):
     "Rows and length of what meets a kind of part in a step: [(rows, tokens)]"
-    seen,image = batch*records.pictures,vlm.config.image_seq_length
+    seen,image,share = batch*records.pictures,vlm.config.image_seq_length,min(1, records.pictures)   # share of the records that have pictures
     return dict(patches=[(seen, image)], adapter=[(seen, image)], head=[(batch, records.answer)],
                 tower=[(seen, image+(vlm.config.vision_feature_select_strategy=='default'))],       # a class token
-                decoder=[(seen, image+records.text), (batch-seen, records.text)])[kind]
+                decoder=[(batch*share, max(1, records.pictures)*image+records.text), (batch*(1-share), records.text)])[kind]
 
 # %% ../nbs/12_cost.ipynb #9c0b2e0c
 def step_flops(
@@ -234,7 +234,7 @@ def stage_cost(
     rows = math.ceil(recipe.batch_size/gpus)
     memory = held_bytes(vlm, gpus, share, 2 if recipe.precision=='bf16' else 4)
     memory['activations'] = activation_bytes(vlm, recipe, min(rows, recipe.micro_batch or rows), round(records.text), round(records.answer),
-                                             len(translators) if recipe.stage==1 else 0, share>1)
+                                             len(translators) if recipe.stage==1 else 0, share>1, max(1, math.ceil(records.pictures)))
     steps = recipe.optimiser_steps(records.number)
     count = lambda ps: sum(p.numel() for p in ps)
     return StageCost(recipe.stage, model, count(vlm.parameters()), count(p for p in vlm.parameters() if p.requires_grad), memory, steps,

@@ -68,10 +68,11 @@ def activation_bytes(
     vlm:nn.Module, # Model, on any device
     recipe:Recipe, # Stage, precision, checkpointing
     rows:int, # Records in one forward pass of one rank
-    text:int, # Tokens of a record besides its picture's
+    text:int, # Tokens of a record besides its pictures'
     answer:int, # Supervised tokens of a record
     translators:int=0, # Trained layers of the surrogate (stage 1)
     spread:bool=False, # The model is spread over ranks (FSDP): gathered weights are bf16 and cast by nobody
+    pictures:int=1, # Of a record
 )->int: # Bytes
     "Activations of one forward pass. Checkpointed: what goes from layer to layer of the decoder, one layer's, and the tower's as without"
     half,source = recipe.precision=='bf16',torch.arange(rows*answer)
@@ -79,8 +80,8 @@ def activation_bytes(
         m,made = _fake_model(vlm, recipe, spread),[]
         def _pictures():
             words = m.get_input_embeddings()(torch.zeros(rows, text, dtype=torch.long))
-            seen = image_features(m, tower_pixels(m.model.vision_tower).repeat(rows, 1, 1, 1)).to(words.dtype)
-            made.append(torch.cat([seen, words], 1))
+            seen = image_features(m, tower_pixels(m.model.vision_tower).repeat(rows*pictures, 1, 1, 1)).to(words.dtype)
+            made.append(torch.cat([seen.unflatten(0, (rows, pictures)).flatten(1, 2), words], 1))
         below,layers = kept_bytes(_pictures, m),Host(m).layers
         x = made[0].detach().requires_grad_()
         where = torch.arange(x.shape[1]).expand(rows, -1)
