@@ -889,6 +889,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'graftlab.zoo.get_encoder': ('zoo.html#get_encoder', 'graftlab/zoo.py'),
                               'graftlab.zoo.get_llm': ('zoo.html#get_llm', 'graftlab/zoo.py'),
                               'graftlab.zoo.is_present': ('zoo.html#is_present', 'graftlab/zoo.py'),
+                              'graftlab.zoo.split_revision': ('zoo.html#split_revision', 'graftlab/zoo.py'),
                               'graftlab.zoo.zoo_get': ('zoo.html#zoo_get', 'graftlab/zoo.py'),
                               'graftlab.zoo.zoo_home': ('zoo.html#zoo_home', 'graftlab/zoo.py'),
                               'graftlab.zoo.zoo_list': ('zoo.html#zoo_list', 'graftlab/zoo.py'),

@@ -35,7 +35,7 @@ def encode_question(
 )->tuple: # Token ids of the whole conversation, and the place of the answer's first token
     "Tokens of a question with an answer, exactly as in training, and where the answer begins"
     chat.image_tokens = patches
-    shown = ' '.join([chat.image_token]*len(image_sources(question)))+'\n' if patches else ''
+    shown = (chat.image_token+'\n')*len(image_sources(question)) if patches else ''
     tokens = chat.encode([(shown+question['question'], answer)])
     return tokens.ids.tolist(), int((tokens.kind==Kind.RESPONSE).nonzero()[0])
 
@@ -102,7 +102,7 @@ def embed_rows(
     if not pictures: return model.get_input_embeddings()(ids)
     where = ids==model.config.image_token_id
     x = model.get_input_embeddings()(ids.masked_fill(where, 0))
-    return x.masked_scatter(where[...,None], torch.cat(pictures).to(x.dtype))
+    return x.masked_scatter(where[...,None].to(x.device), torch.cat(pictures).to(x))      # layers may lie on several GPUs
 
 # %% ../nbs/07a_asking.ipynb #982aab11
 def score_rows(

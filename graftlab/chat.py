@@ -182,11 +182,23 @@ def prompt(self:Chat,
     return tokens.ids[:-1] # all but the token that ends the answer
 
 # %% ../nbs/03c_chat.ipynb #03c0f002
-_LISTS = ("{#- Contents may be lists of texts and pictures -#}"
-          "{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is string or m['content'] is not iterable -%}{%- set flat.messages = flat.messages + [m] -%}{%- else -%}"
-          "{%- set part = namespace(pictures=[], text='') -%}{%- for c in m['content'] -%}"
-          "{%- if c is mapping and c['type'] == 'image' -%}{%- set part.pictures = part.pictures + ['IMAGE'] -%}{%- else -%}{%- set part.text = part.text + (c if c is string else c['text']) -%}{%- endif -%}{%- endfor -%}"
-          "{%- set flat.messages = flat.messages + [dict(m, content=(part.pictures | join(' ') + '\\n' if part.pictures else '') + part.text)] -%}{%- endif -%}{%- endfor -%}{%- set messages = flat.messages -%}")
+_LISTS = """{#- Contents may be lists of texts and pictures -#}
+{%- set flat = namespace(messages=[]) -%}
+{%- for m in messages -%}
+{%- set c = m['content'] -%}
+{%- set part = namespace(known=c is defined and c is not none and c is not string and c is not mapping and c is iterable, pictures='', text='') -%}
+{%- if part.known -%}
+{%- for p in c -%}
+{%- if p is string -%}{%- set part.text = part.text + p -%}
+{%- elif p is mapping and p['type'] == 'text' -%}{%- set part.text = part.text + p['text'] -%}
+{%- elif p is mapping and p['type'] == 'image' -%}{%- set part.pictures = part.pictures + 'IMAGE\\n' -%}
+{%- else -%}{%- set part.known = false -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [dict(m, content=part.pictures + part.text) if part.known else m] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
 
 @patch
 def served_template(self:Chat)->str: # Jinja template; once more from a tokenizer that has it, it is the same
@@ -196,8 +208,7 @@ def served_template(self:Chat)->str: # Jinja template; once more from a tokenize
     trained = ''.join(t for t,kind,_ in self.regions([('Q', 'A')]) if kind!=Kind.RESPONSE)
     given = self.tokenizer.apply_chat_template([dict(role='user', content='Q')], tokenize=False, add_generation_prompt=True)
     missing = json.dumps(trained.removeprefix(given)) if trained.startswith(given) and trained!=given else ''
-    return begin+template+('{%- if add_generation_prompt -%}{{- '+missing+' -}}{%- endif -%}' if missing else '')
-
+    return begin+template+('{%- if add_generation_prompt and enable_thinking is not defined -%}{{- '+missing+' -}}{%- endif -%}' if missing else '')
 
 # %% ../nbs/03c_chat.ipynb #c77d6b3d
 def pack(

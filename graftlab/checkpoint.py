@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import subprocess
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,15 +121,17 @@ def log_step(
 
 def log_skipped(
     out, # Folder of the run
-    found:list, # Pairs of a record's number in its file and why it cannot be used
-)->int: # How many the file has now
-    "Append to skipped.jsonl the records that a run leaves out, each once"
-    path = Path(out)/'skipped.jsonl'
-    had = {json.loads(l)['record'] for l in path.read_text(encoding='utf-8').splitlines()} if path.exists() else set()
-    new = {i: why for i,why in found if i not in had}
-    if new:
+    found:list, # Pairs of a record's number and why it cannot be used
+)->int: # How many different ones the file has now
+    "Append to skipped.jsonl the records that a run leaves out; several ranks may, and a torn line is passed over"
+    path,had = Path(out)/'skipped.jsonl',set()
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError): had.add(json.loads(line)['record'])
+    if new := {i: why for i,why in found if i not in had}:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(dict(record=i, reason=why))+'\n' for i,why in new.items()))
+        torn = '' if text.endswith('\n') or not text else '\n'
+        with open(path, 'a', encoding='utf-8') as f: f.write(torn+''.join(json.dumps(dict(record=i, reason=why))+'\n' for i,why in new.items()))
     return len(had)+len(new)
 
 LAYOUT = ('micro_batch', 'shard', 'activation_checkpointing')    # how the work is spread; the numbers are the same

@@ -62,9 +62,10 @@ def _lmms(args):
     from graftlab.scores import EvaluationError
     from graftlab.zoo import check_folder
     tasks,include = [*PAPER_BENCHMARKS.values()] if args.tasks==['paper'] else args.tasks,args.include and Path(args.include).resolve()
-    options = dict(batch_size=args.batch_size or 8, include=include, limit=args.limit,
-                   device=None if torch.cuda.is_available() else 'cpu', device_map='auto' if torch.cuda.device_count()>1 else None)
     model,scores,samples,failed = check_folder(args.model).resolve(),{},{},[]
+    gpu,size = torch.cuda.is_available(),sum(f.stat().st_size for f in model.glob('*.safetensors'))
+    spread = gpu and torch.cuda.device_count()>1 and size>.8*torch.cuda.get_device_properties(0).total_memory      # no GPU holds it alone
+    options = dict(batch_size=args.batch_size or 8, include=include, limit=args.limit, device=None if gpu else 'cpu', device_map='auto' if spread else None)
     for task in tasks:
         with tempfile.TemporaryDirectory() as out:
             try: found,said,_ = run_lmms(lmms_command(model, [task], out, **options), progress=sys.stderr.isatty())

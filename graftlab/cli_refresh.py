@@ -61,8 +61,8 @@ def usable_records(
     from graftlab.records import Usable
     usable,found = Usable(records, collate),[]
     for i in numbers:
-        some,_,bad = usable([i])
-        found += some
+        taken,_,bad = usable([i])
+        found += [records[k] for k in taken]
         if bad: log_skipped(out, bad)
     return found
 

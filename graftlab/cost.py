@@ -25,14 +25,15 @@ from .recipe import Recipe, stage1, stage2, stage3
 from .records import Usable
 from .spans import cut_layers, meta_model, surrogate_config
 from .vlm import _add_image_token, assemble, feature_stop, set_trainable, tower_layers, trainable_names
-from .zoo import ENTRIES, zoo_get
+from .zoo import ENTRIES, split_revision, zoo_get
 
 # %% ../nbs/12_cost.ipynb #00000005
 def _config(source, kind):
     "Config of a config object, a zoo name, a folder or a hub id; no weights are read"
     if isinstance(source, PreTrainedConfig): return copy.deepcopy(source)
     if str(source) in ENTRIES and ENTRIES[str(source)].kind!=kind: raise GraftError(f"{source!r} is of kind {ENTRIES[str(source)].kind!r} in the zoo, wanted is {kind!r}")
-    try: return AutoConfig.from_pretrained(zoo_get(str(source)) if str(source) in ENTRIES else source)
+    name,revision = split_revision(zoo_get(str(source)) if str(source) in ENTRIES else source)
+    try: return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as e: raise GraftError(f"{source}: no config to be had ({str(e).splitlines()[0]}). Give a config object, a zoo name, a folder or a hub id.") from e
 
 def meta_vlm(
@@ -51,8 +52,8 @@ def meta_vlm(
     with torch.device('meta'): tower = AutoModel.from_config(vision)
     image_id = config.get_text_config(decoder=True).vocab_size-1
     if not isinstance(host, PreTrainedConfig):
-        folder = zoo_get(str(host)) if str(host) in ENTRIES else host
-        if not Path(folder).is_dir() or any(Path(folder).glob('tokenizer*')): image_id = _add_image_token(AutoTokenizer.from_pretrained(folder), decoder)
+        folder,revision = split_revision(zoo_get(str(host)) if str(host) in ENTRIES else host)
+        if not Path(folder).is_dir() or any(Path(folder).glob('tokenizer*')): image_id = _add_image_token(AutoTokenizer.from_pretrained(folder, revision=revision), decoder)
     return assemble(decoder, tower, image_id)
 
 # %% ../nbs/12_cost.ipynb #0000000b

@@ -161,16 +161,17 @@ def naming(
 @patch
 def __call__(self:Collator,
     records:Sequence[dict], # Records, as `load_conversations` gives them
-)->dict: # `input_ids`, `attention_mask`, `position_ids`, `labels`, `response_ids` (B, N); `source`, `target`, `response` (T,); `pixel_values` (I, 3, H, W); `cut` (B,); `ids`
+)->dict: # `input_ids`, `attention_mask`, `position_ids`, `labels`, `response_ids` (B, N); `source`, `target`, `response` (T,); `pixel_values` (I, 3, H, W); `cut` (B,); `ids`; `rows`: how many each record took
     "Collate a batch; an error names the record"
-    rows,pictures,ids,cuts = [],[],[],[]
+    rows,pictures,ids,cuts,counts = [],[],[],[],[]
     for record in records:
         with naming(record): (new,cut),px = self.rows(record),self.pixels(record)
         rows += new
         ids += [record['id']]*len(new)
         cuts += [cut]+[0]*(len(new)-1)
+        counts.append(len(new))
         if px is not None: pictures += [px]*len(new)
-    batch = stack_rows(rows, self.pad_id) | dict(cut=torch.tensor(cuts), ids=ids)
+    batch = stack_rows(rows, self.pad_id) | dict(cut=torch.tensor(cuts), ids=ids, rows=counts)
     if not self.independent_turns: del batch['block']
     if pictures: batch['pixel_values'] = torch.cat(pictures)
     return batch

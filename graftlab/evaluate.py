@@ -22,7 +22,7 @@ def summarize(
     types,scores = {},{}
     for t in dict.fromkeys(q['type'] for q in questions):
         idx = [i for i,q in enumerate(questions) if q['type']==t]
-        types[t] = dict(n=len(idx), candidates=list(dict.fromkeys(c for i in idx for c in questions[i].get('candidates', []))),
+        types[t] = dict(n=len(idx), candidates=list(dict.fromkeys(c for i in idx for c in questions[i].get('candidates') or [])),
                         chance=mean(1/len(c) if (c := questions[i].get('candidates')) else 0. for i in idx))
         scores[t] = {}
         for measure,hits in right.items():
@@ -82,6 +82,7 @@ def compare(
 )->dict: # Type -> difference first - second, low, high, n (`paired_difference`); 'all' over every question
     "Paired difference of two models by type, with 95 % bootstrap intervals"
     key = {'rank': 'ranked', 'exact': 'generated'}[measure]
+    if any(key not in p for r in (first, second) for p in r['predictions']): raise EvaluationError("questions without candidates were not ranked: compare them with measure='exact'")
     other = {p['id']: p for p in second['predictions']}
     if set(other)!={p['id'] for p in first['predictions']}:
         raise EvaluationError(f"{len(first['predictions'])} and {len(other)} questions with different ids: both models must answer the same ones")

@@ -19,6 +19,7 @@ from .asking import evaluating, generate_answers
 from .data import Collator
 from .evaluate import compare
 from .host import GraftError
+from .images import image_sources
 from .vlm import assemble, embed, image_features
 
 # %% ../nbs/07f_faithful.ipynb #00000022
@@ -50,7 +51,7 @@ def own_answers(
     "Questions with the answers that the surrogate itself gives"
     said = generate_answers(vlm, processor, questions, **kw)
     if not any(said): raise GraftError("the surrogate answers every question with nothing: has its encoder been trained?")
-    lead = lambda q: '<image>\n' if q['image'] is not None else ''
+    lead = lambda q: '<image>\n'*len(image_sources(q))
     return [dict(id=q['id'], **({'image': q['image']} if lead(q) else {}),
                  conversations=[{'from': 'human', 'value': lead(q)+q['question']}, {'from': 'gpt', 'value': a}])
             for q,a in zip(questions, said) if a]

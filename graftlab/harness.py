@@ -151,16 +151,18 @@ def text_scores(
     include=None, # Folder with further tasks in the harness's YAML
     tokenizer=None, # Tokenizer of a loaded model
     chat:bool=False, # Put questions into the chat template; the harness's default is not to
+    template:str=None, # Chat template; None: the tokenizer's own
     batch_size=1, # Questions a batch, or 'auto'; 1 is the harness's own default
     progress:bool=True, # Show the harness's progress bars
     **hf, # Other arguments of the harness's class `hf`, e.g. parallelize=True
-)->dict: # harness, limit, chat, tasks: name -> as in `task_scores`, and `too_long`; plain Python, ready for JSON
+)->dict: # harness, limit, chat, with it template, tasks: name -> as in `task_scores`, and `too_long`; plain Python, ready for JSON
     "Scores of a language model by lm-evaluation-harness, unpatched (Tables 1, 3, 5, A.2)"
     plan = _plan(PAPER_TASKS if tasks is None else tasks, shots)
     if limit is not None and (limit!=int(limit) or limit<1): raise EvaluationError(f"limit must be a number of questions, at least 1, got {limit}")
     with _quiet(progress):
         manager,loaded = load_tasks(plan, include)
         lm = harness_model(model, tokenizer, batch_size, **hf)
+        if template: lm.tokenizer.chat_template = template
         if chat and not lm.tokenizer.chat_template: raise EvaluationError("this model's tokenizer has no chat_template: score without `chat`, or give the tokenizer one")
         runs = [_run(lm, manager, {t: loaded[t] for t,(s,_) in plan.items() if s==n}, n, limit, chat) for n in dict.fromkeys(s for s,_ in plan.values())]
     scored = {}
@@ -169,7 +171,7 @@ def text_scores(
             for name in names:
                 scored[name] = task_scores(results, name, plan[task][1])
                 scored[name]['too_long'] = sum(_too_long(lm, results['samples'][t]) for t in _leaves(results, name))
-    return dict(harness=f"lm-eval {version('lm-eval')}", limit=limit, chat=chat, tasks=scored)
+    return dict(harness=f"lm-eval {version('lm-eval')}", limit=limit, chat=chat, tasks=scored) | (dict(template=lm.tokenizer.chat_template) if chat else {})
 
 # %% ../nbs/07c_harness.ipynb #b4519494
 def _run(lm, manager, loaded, shots, limit, chat):
@@ -212,5 +214,6 @@ def language_change(
     **options, # Other arguments of `text_scores`, the same for both
 )->dict: # before, after: as `text_scores` gives them; change: rows of `text_change`
     "Language degradation: both models on the same tasks, and the difference (Section A.3)"
-    first,second = text_scores(before, tasks, **options),text_scores(after, tasks, **options)
+    second = text_scores(after, tasks, **options)
+    first = text_scores(before, tasks, **options | (dict(template=second['template']) if options.get('chat') else {}))     # a saved model's template may say more than its host's
     return dict(before=first, after=second, change=text_change(first, second))

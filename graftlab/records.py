@@ -48,6 +48,7 @@ def _check_text(record):
 def check_record(
     record:dict, # Record as the file has it
     image_folder=None, # Folder that its paths are relative to
+    files:bool=True, # Look whether its pictures' files are there
 )->dict: # The same with `image` a list of sources to open; paths are joined and exist
     "Check a record of LLaVA's format, its pictures' files included, without opening them"
     _check_text(record)
@@ -58,18 +59,18 @@ def check_record(
         if isinstance(s, dict) and s.get('bytes') is None: s = s.get('path')
         if isinstance(s, (str, os.PathLike)):
             s = image_path(s, image_folder)
-            if not os.path.isfile(s): raise BadImage(f"image {s}: no such file; is the image folder right?")
-            if not os.path.getsize(s): raise BadImage(f"image {s}: the file is empty")
+            if files and not os.path.isfile(s): raise BadImage(f"image {s}: no such file; is the image folder right?")
+            if files and not os.path.getsize(s): raise BadImage(f"image {s}: the file is empty")
         elif not isinstance(s, (bytes, dict, Image.Image)): raise BadImage(f"image: path, bytes or picture expected, found {type(s).__name__}")
         found.append(s)
     return {**record, 'image':found}
 
 # %% ../nbs/03a_records.ipynb #0000000c
-def _checked(record, where, folder, test):
+def _checked(record, where, folder, test, files=True):
     "A checked record with its place and the result of `test`, or an error that names the place"
     try:
         if isinstance(record, BadRecord): raise record
-        record = {**check_record(record, folder), 'where':where}
+        record = {**check_record(record, folder, files), 'where':where}
         return record,test(record)
     except BadRecord as e:
         name = f" (id {record['id']!r})" if isinstance(record, dict) and 'id' in record else ''
@@ -87,9 +88,9 @@ class Conversations(Dataset):
         if on_error not in ('stop','skip'): raise BadArgument(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         self.source,self.name,self.image_folder,self.on_error = source,name,image_folder,on_error
         self.index,self.skipped = range(len(source)),[]
-        self.check(bool)
+        self.check(bool, files=on_error=='stop')                     # with 'skip' a missing file counts as a picture that turns out bad later
 
-    def _at(self, i, test=bool): return _checked(self.source[i], f"{self.name}: record {i}", self.image_folder, test)
+    def _at(self, i, test=bool, files=True): return _checked(self.source[i], f"{self.name}: record {i}", self.image_folder, test, files)
     def __len__(self): return len(self.index)
     def __getitem__(self, i): return self._at(self.index[i])[0]
 
@@ -97,11 +98,12 @@ class Conversations(Dataset):
 @patch
 def check(self:Conversations,
     test:Callable, # Takes a record; raises `BadRecord` where it cannot be used
+    files:bool=True, # Look whether pictures' files are there, too
 )->list: # What it gave for each record that stays
     "Try something on every record, and stop or skip where it fails"
     kept,results = [],[]
     for i in tqdm(self.index, desc=f'checking {self.name}', disable=len(self.index)<5000 or None):
-        try: result = self._at(i, test)[1]
+        try: result = self._at(i, test, files)[1]
         except BadRecord as e:
             if self.on_error=='stop': raise
             self.skipped.append((i, str(e)))
@@ -184,7 +186,9 @@ class Usable:
     def __init__(self,
         records, # Sequence of records
         collate, # Records to batch
-    ): self.records,self.collate,self.skip,self.bad = records,collate,getattr(records, 'on_error', 'stop')=='skip',{}
+    ):
+        self.records,self.collate,self.skip,self.bad = records,collate,getattr(records, 'on_error', 'stop')=='skip',{}
+        self.index = records.index if isinstance(records, Conversations) else range(len(records))      # their numbers in the file
     def _standing(self, i):
         "Number of the record itself or of the next that is not known to be bad"
         n = len(self.records)
@@ -197,16 +201,14 @@ class Usable:
         except BadRecord as e: return str(e)
     def __call__(self,
         numbers:list, # Of records
-    )->tuple: # (records, their batch, pairs of number and reason of those that are newly known to be bad)
+    )->tuple: # (numbers of the records that were taken, their batch, pairs of number in the file and reason of those that are newly known to be bad)
         "A micro-batch; `BadRecord` at one that cannot be used, unless it is to be skipped"
         known = len(self.bad)
         while True:
             here = [self._standing(i) for i in numbers]
-            try:
-                records = [self.records[i] for i in here]
-                return records, self.collate(records), [(self.records.index[i], why) for i,why in [*self.bad.items()][known:]]
-            except BadRecord as e:
-                if not self.skip: raise type(e)(f"{e}. With --on-error skip (on_error='skip' of `load_conversations`) the next record stands in, and the run goes on from its last checkpoint") from e
+            try: return here, self.collate([self.records[i] for i in here]), [(self.index[i], why) for i,why in [*self.bad.items()][known:]]
+            except BadRecord:
+                if not self.skip: raise
                 if not (new := {i: why for i in here if (why := self._wrong(i))}): raise
                 self.bad |= new
 
@@ -218,4 +220,6 @@ def mix(
     "Spread text-only records evenly among records with pictures"
     n,m = len(images),len(texts)
     at = [((j+.5)/max(m, 1), n+j) for j in range(m)] + [((i+.5)/max(n, 1), i) for i in range(n)]
-    return Subset(ConcatDataset([images, texts]), [i for _,i in sorted(at)])
+    mixed = Subset(ConcatDataset([images, texts]), [i for _,i in sorted(at)])
+    mixed.on_error = 'skip' if {d.on_error for d in (images, texts) if hasattr(d, 'on_error')}=={'skip'} else 'stop'     # as they were loaded, for `Usable`
+    return mixed

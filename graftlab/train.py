@@ -127,11 +127,10 @@ def _counted(drawn):
     for i in drawn: pairs.append((i, seen[i])); seen[i] += 1
     return pairs
 
-def _occurrences(ids, records, before):
-    "For each row of a micro-batch, how often the step had its record before, and which of the record's rows it is"
-    if len(ids)==len(records): return list(before)                   # one row each
-    rows,times = Counter(ids),Counter(r['id'] for r in records)
-    return [f'{n}.{j}' if j else n for r,n in zip(records, before) for j in range(rows[r['id']]//times[r['id']])]
+def _occurrences(drawn, taken, before, rows):
+    "For each row of a micro-batch, what tells its record from others of that id: how often the step had it before, for which other it stands in, which of its rows this is"
+    def _name(i, k, n, j): return n if i==k and not j else f'{n}.{j}.{i}' if i!=k else f'{n}.{j}'
+    return [_name(i, k, n, j) for i,k,n,r in zip(drawn, taken, before, rows) for j in range(r)]
 
 # %% ../nbs/06_train.ipynb #00000019
 class Passes(Dataset):
@@ -158,9 +157,10 @@ class Passes(Dataset):
     def __getitem__(self, j):
         step,place = divmod(j, self.per_step)
         numbers,before = zip(*self.indices(step)[place])
-        records,batch,found = self.usable(numbers)
+        taken,batch,found = self.usable(numbers)
         if found: batch['skipped'] = found
-        return batch | (dict(draws=row_draws(batch['ids'], self.recipe.seed, step, _occurrences(batch['ids'], records, before))) if 'ids' in batch else {})
+        if 'ids' in batch: batch['draws'] = row_draws(batch['ids'], self.recipe.seed, step, _occurrences(numbers, taken, before, batch.get('rows', [1]*len(taken))))
+        return batch
 
 # %% ../nbs/06_train.ipynb #0000001c
 def check_finite(
@@ -276,7 +276,9 @@ def _tracked(acc, recipe):
 def _taken(loader, n, out):
     "The next batches; records that were found unusable on the way are written down"
     try: batches = [next(loader) for _ in range(n)]
-    except BadRecord as e: raise type(e)(str(e).rpartition(f'{type(e).__name__}: ')[2].strip()) from None      # a worker puts its whole traceback before it
+    except BadRecord as e:
+        why = str(e).rpartition(f'{type(e).__name__}: ')[2].strip()  # a worker puts its whole traceback before it
+        raise type(e)(f"{why}. With --on-error skip (on_error='skip' of `load_conversations`) the next record stands in, and the run goes on from its last checkpoint") from None
     if found := [pair for b in batches for pair in b.pop('skipped', [])]: log_skipped(out, found)
     return batches
 

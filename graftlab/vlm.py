@@ -23,7 +23,7 @@ from .host import BadCheckpoint, GraftError, Host, HostMismatch, UnsupportedConf
 from .prompts import load_tokenizer
 from .trainable import feature_stop, set_trainable, trainable_names, trainable_table
 from .vision import image_processor, resize_tower, run_tower, tower_layers, tower_pixels
-from .zoo import check_folder, get_llm
+from .zoo import get_encoder, get_llm
 
 # %% ../nbs/04_vlm.ipynb #a103e371
 _all_ = ['feature_stop', 'set_trainable', 'trainable_names', 'trainable_table', 'image_processor', 'resize_tower', 'run_tower', 'tower_layers', 'tower_pixels']
@@ -115,8 +115,8 @@ def scale_adapter(
 
 # %% ../nbs/04_vlm.ipynb #0000002d
 def build_vlm(
-    decoder, # Host or surrogate: folder, hub id, or a loaded causal LM (then shared, not copied)
-    encoder, # Vision tower: folder, hub id, or a loaded model with `image_processor` given
+    decoder, # Host or surrogate: folder, zoo name, hub id, or a loaded causal LM (then shared, not copied)
+    encoder, # Vision tower: folder, zoo name, hub id, or a loaded model with `image_processor` given
     tokenizer=None, # Tokenizer of the decoder; None: from its folder
     image_size:int=None, # Side of the square input in pixels; None: the encoder's own
     feature_layer:int=-2, # Hidden states used (LLaVA-1.5: penultimate)
@@ -124,13 +124,13 @@ def build_vlm(
     processor=None, # Image processor; None: from the encoder's folder
 ): # (model, processor): LlavaForConditionalGeneration and LlavaProcessor
     "A vision-language model from a decoder and an encoder, with a new adapter scaled to the word embeddings"
-    tokenizer = tokenizer or load_tokenizer(decoder if isinstance(decoder, (str, Path)) else decoder.name_or_path)
-    for source in (decoder, encoder):
-        if isinstance(source, (str, Path)) and Path(source).is_dir(): check_folder(source)
-    if isinstance(decoder, (str, Path)): decoder = AutoModelForCausalLM.from_pretrained(decoder, dtype=dtype, use_safetensors=True)
-    source = encoder if isinstance(encoder, (str, Path)) else encoder.name_or_path
-    tower = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True) if isinstance(encoder, (str, Path)) else encoder
-    if isinstance(encoder, (str, Path)) and decoder.device.type!='meta': tower.to(decoder.device)
+    if isinstance(decoder, (str, Path)): decoder = get_llm(decoder)
+    if isinstance(encoder, (str, Path)): encoder = get_encoder(encoder)
+    tokenizer = tokenizer or load_tokenizer(decoder if isinstance(decoder, Path) else decoder.name_or_path)
+    if isinstance(decoder, Path): decoder = AutoModelForCausalLM.from_pretrained(decoder, dtype=dtype, use_safetensors=True)
+    source = encoder if isinstance(encoder, Path) else encoder.name_or_path
+    tower = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True) if isinstance(encoder, Path) else encoder
+    if isinstance(encoder, Path) and decoder.device.type!='meta': tower.to(decoder.device)
     tower = getattr(tower, 'vision_model', tower)                    # CLIP and SigLIP folders may hold a text tower too
     if image_size and image_size!=tower.config.image_size: resize_tower(tower, image_size)
     image_id = _add_image_token(tokenizer, decoder)

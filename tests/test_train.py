@@ -173,16 +173,18 @@ def test_tokens_that_truncation_leaves_out_are_counted(tmp_path):
     assert [m.get("cut", 0) for m in metrics(tmp_path/"run")] == want and done["cut"] == sum(want) > 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_a_broken_picture_stopped_goes_on_without_it(workers, tmp_path):
+@pytest.mark.parametrize("workers,gone", [(0, False), (2, False), (0, True)])
+def test_a_run_that_a_broken_picture_stopped_goes_on_without_it(workers, gone, tmp_path):
     "As if it had been left out from the beginning, bit for bit; the record is named, and listed once however often it is drawn"
     whole = make_records(tmp_path, 24)
     asked = recipe(batch_size=6, steps=9, checkpoint_every=1, micro_batch=2)
     broken = draw(24, 2, 6, asked.seed)[1]
-    (tmp_path/f"{broken}.png").write_bytes(b"no picture")
+    stopping = load_conversations(whole)
+    if gone: (tmp_path/f"{broken}.png").unlink()
+    else: (tmp_path/f"{broken}.png").write_bytes(b"no picture")
     def running(out, on_error):
         vlm, collate = make_vlm()
-        return train(vlm, load_conversations(whole, on_error=on_error), collate, asked, tmp_path/out, workers=workers, progress=False)
+        return train(vlm, stopping if on_error == "stop" else load_conversations(whole, on_error=on_error), collate, asked, tmp_path/out, workers=workers, progress=False)
     with pytest.raises(BadRecord) as e: running("stopped", "stop")
     assert str(e.value).startswith(f"records: record {broken} (id '{broken}'): ") and "\n" not in str(e.value) and "--on-error skip" in str(e.value)
     assert len(metrics(tmp_path/"stopped")) == 2 or workers # batches are prepared ahead

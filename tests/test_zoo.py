@@ -3,6 +3,7 @@ import json, os, signal, subprocess, sys, tarfile, textwrap, time, venv, zipfile
 from io import BytesIO
 from pathlib import Path
 import pytest
+from safetensors.torch import save
 from hypothesis import given, settings, strategies as st
 from graftlab import zoo
 from graftlab.zoo import ZooError, Source
@@ -128,7 +129,7 @@ def test_hub_snapshot_without_network(tmp_path):
         snapshot = base/'snapshots'/('1'*40)
         snapshot.mkdir(parents=True); (base/'refs').mkdir()
         (base/'refs/main').write_text('1'*40)
-        (snapshot/'config.json').write_text('{}'); (snapshot/file).write_bytes(b'')
+        (snapshot/'config.json').write_text('{}'); (snapshot/file).write_bytes(save({}))
     code = textwrap.dedent('''
         from graftlab.zoo import get_llm
         print(get_llm('someone/good'), get_llm('someone/good', revision='main'))
