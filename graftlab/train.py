@@ -14,7 +14,6 @@ import os
 import signal
 import time
 import warnings
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -34,7 +33,7 @@ from .data import block_mask
 from .host import GraftError, Host, attention_masks
 from .images import BadRecord
 from .loss import step_factors, token_loss
-from .order import draw, draw_alike, record_size, shares
+from .order import counted, draw, draw_alike, occurrences, record_size, shares
 from .records import Usable
 from .recipe import Recipe, schedule, stage0, stage1, stage2, stage3
 from .sharding import exchange, place, whole, wrap
@@ -120,18 +119,6 @@ def make_accelerator(
         warnings.warn("this processor has no bfloat16 instructions, they are emulated: precision='no' (`--set precision=no`) is several times as fast")
     return acc
 
-# %% ../nbs/06_train.ipynb #06a0b011
-def _counted(drawn):
-    "Pairs of a record's number and how often the step had it before"
-    seen,pairs = Counter(),[]
-    for i in drawn: pairs.append((i, seen[i])); seen[i] += 1
-    return pairs
-
-def _occurrences(drawn, taken, before, rows):
-    "For each row of a micro-batch, what tells its record from others of that id: how often the step had it before, for which other it stands in, which of its rows this is"
-    def _name(i, k, n, j): return n if i==k and not j else f'{n}.{j}.{i}' if i!=k else f'{n}.{j}'
-    return [_name(i, k, n, j) for i,k,n,r in zip(drawn, taken, before, rows) for j in range(r)]
-
 # %% ../nbs/06_train.ipynb #00000019
 class Passes(Dataset):
     "All forward passes of one rank, in order; item j is a collated micro-batch"
@@ -152,14 +139,14 @@ class Passes(Dataset):
         "This rank's micro-batches of one optimiser step: pairs of a record's number and how often the step had it before"
         r = self.recipe
         drawn = draw(len(self.records), step, r.batch_size, r.seed) if self.sizes is None else draw_alike(self.sizes, step, self.steps, r.batch_size, r.seed)
-        return shares(_counted(drawn), self.rank, self.world, r.micro_batch)
+        return shares(counted(drawn), self.rank, self.world, r.micro_batch)
     def __len__(self): return self.steps*self.per_step
     def __getitem__(self, j):
         step,place = divmod(j, self.per_step)
         numbers,before = zip(*self.indices(step)[place])
         taken,batch,found = self.usable(numbers)
         if found: batch['skipped'] = found
-        if 'ids' in batch: batch['draws'] = row_draws(batch['ids'], self.recipe.seed, step, _occurrences(numbers, taken, before, batch.get('rows', [1]*len(taken))))
+        if 'ids' in batch: batch['draws'] = row_draws(batch['ids'], self.recipe.seed, step, occurrences(numbers, taken, before, batch.get('rows', [1]*len(taken))))
         return batch
 
 # %% ../nbs/06_train.ipynb #0000001c
