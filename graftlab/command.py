@@ -59,16 +59,21 @@ def make_parser()->argparse.ArgumentParser: # Sets `function` to the chosen comm
     return parser
 
 # %% ../nbs/14a_command.ipynb #0000000a
+def _interrupt(e):
+    "The `KeyboardInterrupt` that an error is, or that caused it; None where there is none"
+    while e and not isinstance(e, KeyboardInterrupt): e = e.__cause__
+    return e
+
 def main(
     argv:list|None=None, # Arguments; None: those of this process
 )->int: # Exit code: 0, 2 for an error that has a cure, 130 for Ctrl-C
     "The `graftlab` command"
     args = make_parser().parse_args(argv)
     try: return args.function(args) or 0
-    except KeyboardInterrupt as e:
-        print(f"graftlab: {str(e) or 'stopped'}", file=sys.stderr)
-        return 130
-    except Exception as e:
+    except (KeyboardInterrupt, Exception) as e:
+        if (stop := _interrupt(e)) is not None:
+            print(f"graftlab: {str(stop) or 'stopped'}", file=sys.stderr)
+            return 130
         host = sys.modules.get('graftlab.host')
         if not host or not isinstance(e, host.GraftError): raise
         print(f'graftlab: {e}', file=sys.stderr)
