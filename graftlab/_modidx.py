@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'graftlab.cli_train.check_llava': ('cli_train.html#check_llava', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.check_start': ('cli_train.html#check_start', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.graft': ('cli_train.html#graft', 'graftlab/cli_train.py'),
+                                    'graftlab.cli_train.hint': ('cli_train.html#hint', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.left_out': ('cli_train.html#left_out', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.model_type': ('cli_train.html#model_type', 'graftlab/cli_train.py'),
                                     'graftlab.cli_train.open_vlm': ('cli_train.html#open_vlm', 'graftlab/cli_train.py'),
