@@ -163,6 +163,8 @@ def check_questions(
     for q in questions:
         if missing := {'id', 'image', 'question', 'answer', 'type'}-set(q): raise EvaluationError(f"question {q.get('id')!r} has no {sorted(missing)[0]!r}")
         if not all(isinstance(q[k], str) for k in ('question', 'answer', 'type')): raise EvaluationError(f"question {q['id']!r}: question, answer and type must be text")
+        if not isinstance(q['id'], str|int): raise EvaluationError(f"question id {q['id']!r} must be text or a number")
+        if not all(isinstance(c, str) for c in q.get('candidates') or []): raise EvaluationError(f"question {q['id']!r}: candidates must be text, got {q['candidates']}")
         if q['type']=='all': raise EvaluationError(f"question {q['id']!r}: the type 'all' is the name of the row for every type, give it another")
         if wrong := [im for im in image_sources(q) if not isinstance(im, (str, Path, Image.Image))]: raise EvaluationError(f"question {q['id']!r}: a picture is a path or a PIL picture, got {type(wrong[0]).__name__}")
         if '<image>' in q['question']: raise EvaluationError(f"question {q['id']!r} holds `<image>`: its picture goes in `image`, the placeholder is put in here")

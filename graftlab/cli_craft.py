@@ -9,7 +9,7 @@ __all__ = ['DATA', 'SETTINGS', 'DTYPE', 'codebook', 'changed', 'open_speaker', '
 import os
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_folder
 
 # %% ../nbs/14e_cli_craft.ipynb #095035cb
 DATA = (arg('--data', required=True, metavar='FILE', help='LLaVA conversations: .json, .jsonl, .arrow, .parquet'),
@@ -31,7 +31,7 @@ def _write_tower(tower, processor, out, **info):
 
 # %% ../nbs/14e_cli_craft.ipynb #00000008
 @command(arg('encoder', metavar='ENCODER', help='vision encoder: zoo name, checkpoint folder or hub id'),
-         arg('out', metavar='OUT', help='folder for the tower'), *DATA,
+         arg('out', type=new_folder, metavar='OUT', help='folder for the tower'), *DATA,
          arg('--entries', type=at_least(1), default=16384, help='size of the codebook (default: 16384)'),
          arg('--depth', type=at_least(1), default=4, help='codes a patch (default: 4)'),
          arg('--pictures', type=at_least(1), default=2000, help='of how many records with pictures (default: 2000)'),
@@ -47,8 +47,9 @@ def codebook(args):
     from graftlab.craft import make_tower
     from graftlab.images import open_images, square
     from graftlab.records import load_conversations
-    from graftlab.vlm import image_processor, resize_tower
+    from graftlab.vlm import image_processor, own_place, resize_tower
     from graftlab.zoo import get_encoder
+    own_place(args.out, 'tower')
     records,source = load_conversations(args.data, args.images),get_encoder(args.encoder)
     whole = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     encoder = getattr(whole, 'vision_model', whole).eval()
@@ -97,7 +98,7 @@ def _write(vlm, processor, out, args):
     return path
 
 # %% ../nbs/14e_cli_craft.ipynb #e86cad35
-@command(arg('out', metavar='OUT', help='folder of the run'), *DATA, arg('--instruct', metavar='FILE', help='conversations of the second stage (default: those of --data)'),
+@command(arg('out', type=new_folder, metavar='OUT', help='folder of the run'), *DATA, arg('--instruct', metavar='FILE', help='conversations of the second stage (default: those of --data)'),
          arg('--llm', required=True, help='language model: zoo name, checkpoint folder or hub id'),
          arg('--tower', required=True, metavar='DIR', help='tower that speaks the codebook, from `graftlab codebook`'), *SETTINGS, DTYPE,
          examples='graftlab speak runs/speak --llm smollm2 --tower tower --data captions.json --instruct chat.json --set projector.steps=500 llm.steps=2000')
@@ -107,8 +108,9 @@ def speak(args):
     from graftlab.craft import speak_llm, speak_projector, teach_codebook
     from graftlab.data import Collator
     from graftlab.records import load_conversations
-    from graftlab.vlm import build_vlm
+    from graftlab.vlm import build_vlm, own_place
     from graftlab.zoo import get_encoder, get_llm
+    own_place(Path(args.out)/'model', 'vlm')
     recipes = {}
     for name,make in dict(projector=speak_projector, llm=speak_llm).items():
         other = {'projector': 'llm.', 'llm': 'projector.'}[name]
@@ -122,7 +124,7 @@ def speak(args):
 
 # %% ../nbs/14e_cli_craft.ipynb #0000000e
 @command(arg('model', metavar='MODEL', help='model that speaks the codebook: the surrogate, e.g. from `graftlab speak`'),
-         arg('out', metavar='OUT', help='folder of the run; OUT/graft is the adapted encoder'), *DATA,
+         arg('out', type=new_folder, metavar='OUT', help='folder of the run; OUT/graft is the adapted encoder'), *DATA,
          arg('--task', choices=['questions', 'classes'], default='questions', help="weight of the contrastive loss (default: questions)"), *SETTINGS,
          examples='graftlab craft runs/speak/model runs/craft --data domain.json --task classes --set steps=500 lr=5e-5')
 def craft(args):
@@ -131,6 +133,8 @@ def craft(args):
     from graftlab.craft import craft_recipe, save_encoder, train_craft
     from graftlab.data import Collator
     from graftlab.records import load_conversations
+    from graftlab.vlm import own_place
+    own_place(Path(args.out)/'graft', 'craft')
     recipe = changed(partial(craft_recipe, args.task), args.set)
     vlm,processor = open_speaker(args.model)
     done = train_craft(vlm, load_conversations(args.data, args.images), Collator.from_processor(processor, 3), recipe, args.out, workers=args.workers)
@@ -141,10 +145,12 @@ def craft(args):
 # %% ../nbs/14e_cli_craft.ipynb #00000011
 @command(arg('graft', metavar='GRAFT', help='adapted encoder, RUN/graft'),
          arg('model', metavar='MODEL', help='model that speaks the same codebook'),
-         arg('out', metavar='OUT', help='folder for the model'), DTYPE,
+         arg('out', type=new_folder, metavar='OUT', help='folder for the model'), DTYPE,
          examples='graftlab plug runs/craft/graft runs/speak-b/model adapted')
 def plug(args):
     "Put an adapted encoder into another model that speaks its codebook"
     from graftlab.craft import plug_in
+    from graftlab.vlm import own_place
+    own_place(args.out, 'vlm')
     vlm,processor = open_speaker(args.model)
     print(_write(plug_in(args.graft, vlm), processor, args.out, args))

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_folder
 
 # %% ../nbs/14b_cli_cut.ipynb #00000007
 def _zoo_rows(rows):
@@ -99,7 +99,7 @@ def _measured(args, out):
          arg('--stream', action='store_true', help='one layer in memory at a time; goes on where it was stopped'),
          arg('--dtype', choices=['float32', 'bfloat16', 'auto'], default='float32', help='to compute in; auto: as stored (default: float32)'),
          arg('--seed', type=int, default=0, help='which conversations (default: 0)'),
-         arg('--out', metavar='DIR', help='folder for figure and numbers (default: trajectory-MODEL)'),
+         arg('--out', type=new_folder, metavar='DIR', help='folder for figure and numbers (default: trajectory-MODEL)'),
          examples='graftlab trajectory smollm2 --samples 100\ngraftlab trajectory meta-llama/Llama-3.1-70B-Instruct --stream --dtype auto --out runs/70b')
 def trajectory(args):
     "Where a language model may be cut: its prediction trajectory and transition point"
@@ -125,7 +125,7 @@ def _spans(text):
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected START:END, several with commas between") from None
 
 @command(arg('src', metavar='SRC', help='the host: zoo name, checkpoint folder or hub id (only kept layers are downloaded)'),
-         arg('dst', metavar='DST', help='new folder for the surrogate'),
+         arg('dst', type=new_folder, metavar='DST', help='new folder for the surrogate'),
          arg('--start', type=int, help='a: the layer that becomes the translator'),
          arg('--end', type=int, help='b: the last layer removed'),
          arg('--spans', type=_spans, metavar='A:B,...', help='several cuts, in place of --start and --end'),

@@ -9,7 +9,7 @@ __all__ = ['evaluate', 'report', 'demo']
 import sys
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_file, new_folder
 
 # %% ../nbs/14d_cli_evaluate.ipynb #00000005
 def _print(rows, columns):
@@ -91,7 +91,7 @@ def _lmms(args):
          arg('--limit', type=int, help='only the first so many questions, of each task'),
          arg('--batch-size', type=at_least(1), help='questions at a time (default: 32; with --lmms 8; with --text 1, as the harness)'),
          arg('--max-new-tokens', type=at_least(1), help='with FILE: tokens of an answer at most (default: 16; CRAFT allows 5)'),
-         arg('--out', metavar='FILE', help='write scores and every answer as JSON'),
+         arg('--out', type=new_file, metavar='FILE', help='write scores and every answer as JSON'),
          examples='graftlab evaluate grafted questions.json --out scores.json\n'
                   'graftlab evaluate small --text --tasks arc_easy piqa --limit 200\n'
                   'graftlab evaluate grafted --lmms --tasks pope mme\n'
@@ -118,7 +118,7 @@ def report(args):
 
 # %% ../nbs/14d_cli_evaluate.ipynb #0000000f
 @command(arg('--quick', action='store_true', help='a few steps of everything; claims nothing'),
-         arg('--out', metavar='DIR', default='runs/demo', help='folder of the run (default: runs/demo)'),
+         arg('--out', type=new_folder, metavar='DIR', default='runs/demo', help='folder of the run (default: runs/demo)'),
          arg('--seed', type=int, default=0, help='of adapters and of the order of data (default: 0)'),
          arg('--precision', choices=['fp32', 'bf16'], help='to compute in (default: measured, whichever is faster here; it decides the last digits)'),
          arg('--size', choices=['full', 'small'], help='how much of everything (default: full, or small on a machine that would train longer than a quarter of an hour; small at best teaches shapes)'),

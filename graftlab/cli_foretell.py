@@ -8,7 +8,7 @@ __all__ = ['asked', 'foretell']
 # %% ../nbs/14k_cli_foretell.ipynb #14b00002
 import sys
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_file
 
 # %% ../nbs/14k_cli_foretell.ipynb #14b00005
 def asked(
@@ -33,7 +33,7 @@ def asked(
          arg('--system', help="system prompt as in training (default: the template's own)"),
          arg('--max-new-tokens', type=at_least(1), default=16, metavar='N', help='tokens of an answer at most (default: 16)'),
          arg('--batch-size', type=at_least(1), default=16, metavar='N', help='questions at a time (default: 16)'),
-         arg('--out', metavar='FILE', help='write the numbers as JSON'),
+         arg('--out', type=new_file, metavar='FILE', help='write the numbers as JSON'),
          examples='graftlab foretell runs/s2/model smollm2 questions.json\n'
                   'graftlab foretell runs/s2/model smollm2 questions.json --images pictures --limit 500 --out foretold.json')
 def foretell(args):

@@ -9,7 +9,7 @@ __all__ = ['read_responses', 'judge']
 import json
 from pathlib import Path
 
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_file
 
 # %% ../nbs/14f_cli_judge.ipynb #00000005
 def read_responses(
@@ -50,8 +50,8 @@ def _report(args, result, total):
          arg('--prices', type=float, nargs=2, default=(0, 0), metavar=('IN', 'OUT'), help='of a million input and output tokens'),
          arg('--max-cost', type=float, help='send nothing if the estimate is above this'),
          arg('--estimate', action='store_true', help='print the estimate and stop'),
-         arg('--cache', metavar='FILE', default='verdicts.jsonl', help='verdicts, kept as they come (default: verdicts.jsonl)'),
-         arg('--out', metavar='FILE', help='write grades, failures and the table as JSON'),
+         arg('--cache', type=new_file, metavar='FILE', default='verdicts.jsonl', help='verdicts, kept as they come (default: verdicts.jsonl)'),
+         arg('--out', type=new_file, metavar='FILE', help='write grades, failures and the table as JSON'),
          examples='graftlab judge questions.json scores.json --base-url http://localhost:8000/v1 --model Qwen3-VL-8B\n'
                   'graftlab judge questions.json scores.json --base-url https://api.anthropic.com/v1 --api anthropic --model claude-sonnet-4-5 \\\n'
                   '    --key-env ANTHROPIC_API_KEY --prices 3 15 --max-cost 5')

@@ -7,7 +7,7 @@ __all__ = ['domain_pixels', 'codes', 'prune']
 
 # %% ../nbs/14h_cli_prune.ipynb #00000002
 from .cli_craft import DATA, DTYPE
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_folder
 
 # %% ../nbs/14h_cli_prune.ipynb #00000008
 def domain_pixels(
@@ -69,7 +69,7 @@ def codes(args):
 
 # %% ../nbs/14h_cli_prune.ipynb #00000010
 @command(arg('model', metavar='MODEL', help='model that speaks a codebook, e.g. from `graftlab speak` or `plug`'),
-         arg('out', metavar='OUT', help='folder for the pruned model'), *DATA,
+         arg('out', type=new_folder, metavar='OUT', help='folder for the pruned model'), *DATA,
          arg('--keep', type=float, default=.8, metavar='RATIO', help='share of image tokens to keep, above 0, at most 1 (default: 0.8)'),
          arg('--pictures', type=at_least(1), default=2000, help='pictures of the domain whose codes are counted (default: 2000)'),
          arg('--alpha', type=float, default=1., help='added to the count of every code (default: 1)'), DTYPE,
@@ -83,8 +83,9 @@ def prune(args):
     from graftlab.prune import keep_count
     from graftlab.pruned_vlm import prune_vlm, tower_frequencies
     from graftlab.records import load_conversations
-    from graftlab.vlm import save_vlm
+    from graftlab.vlm import own_place, save_vlm
     keep_count(args.keep, 1)
+    own_place(args.out, 'vlm')
     vlm,processor = open_speaker(args.model)
     tower,pixels = vlm.eval().model.vision_tower,domain_pixels(load_conversations(args.data, args.images), processor.image_processor, args.pictures)
     pruned,processor = prune_vlm(vlm, processor, tower_frequencies(tower, pixels, args.alpha), args.keep)

@@ -14,7 +14,7 @@ from pathlib import Path
 from .cli_cut import _load, _tokenizer
 from .cli_teach import all_kept, lesson, lessons, one_process, read_chats
 from .cli_train import left_out, open_vlm
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_folder
 
 # %% ../nbs/14j_cli_refresh.ipynb #14a60007
 def on_surrogate(
@@ -120,7 +120,7 @@ def save_refreshed(
 # %% ../nbs/14j_cli_refresh.ipynb #14a6000f
 @command(arg('model', metavar='MODEL', help='model on a surrogate, RUN/model of `graftlab train 2`'),
          arg('host', metavar='HOST', help='the full model that the surrogate was cut out of: zoo name, checkpoint folder or hub id'),
-         arg('out', metavar='OUT', help='folder of the run; OUT/model is the refreshed model'),
+         arg('out', type=new_folder, metavar='OUT', help='folder of the run; OUT/model is the refreshed model'),
          arg('--data', required=True, metavar='FILE', help='LLaVA conversations with pictures, best those of stage 2'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'),
          arg('--max-length', type=at_least(1), default=2048, help='tokens of a conversation at most, as in `train` (default: 2048)'),

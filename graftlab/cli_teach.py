@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .cli_cut import _conversations, _load, _tokenizer
-from .command import arg, at_least, command
+from .command import arg, at_least, command, new_folder
 
 # %% ../nbs/14i_cli_teach.ipynb #6598f369
 def check_pair(
@@ -155,7 +155,7 @@ def save_taught(
 # %% ../nbs/14i_cli_teach.ipynb #dc8cfc88
 @command(arg('surrogate', metavar='SURROGATE', help='folder from `graftlab surrogate`'),
          arg('host', metavar='HOST', help='the full model that it was cut out of: zoo name, checkpoint folder or hub id'),
-         arg('out', metavar='OUT', help='folder of the run; OUT/model is the taught surrogate'),
+         arg('out', type=new_folder, metavar='OUT', help='folder of the run; OUT/model is the taught surrogate'),
          arg('--data', metavar='FILE', help="conversations without pictures in LLaVA's format, or JSON lines with `messages` (default: the zoo's text)"),
          arg('--steps', type=at_least(1), metavar='N', help='optimiser steps (default: one pass over the data)'),
          arg('--max-tokens', type=at_least(1), default=256, metavar='N', help='cut conversations to this many tokens (default: 256)'),

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from .command import arg, at_least, command, positive
+from .command import arg, at_least, command, new_folder, positive
 
 # %% ../nbs/14c_cli_train.ipynb #00000006
 def open_vlm(
@@ -171,7 +171,7 @@ def _write(args, vlm, processor, info, done):
 
 # %% ../nbs/14c_cli_train.ipynb #0000000b
 @command(arg('stage', type=int, choices=[1, 2, 3], help='1: adapter and translator; 2: encoder and adapter on the surrogate; 3: all, on the host'),
-         arg('out', metavar='OUT', help='folder of the run'),
+         arg('out', type=new_folder, metavar='OUT', help='folder of the run'),
          arg('--data', required=True, metavar='FILE', help='LLaVA conversations: .json, .jsonl, .arrow, .parquet'),
          arg('--images', metavar='DIR', help='folder of the pictures (default: that of the data)'),
          arg('--llm', help='surrogate or host: checkpoint folder, hub id or zoo name'),
@@ -212,7 +212,7 @@ def train(args):
 # %% ../nbs/14c_cli_train.ipynb #0000000e
 @command(arg('graft', metavar='GRAFT', help='graft folder, e.g. RUN/graft'),
          arg('host', metavar='HOST', help='the full model: zoo name, checkpoint folder or hub id'),
-         arg('out', metavar='OUT', help='folder for the model'),
+         arg('out', type=new_folder, metavar='OUT', help='folder for the model'),
          arg('--any-host', action='store_true', help='do not compare fingerprints'),
          arg('--dtype', choices=['bfloat16', 'float32'], default='bfloat16', help='of the weights written (default: bfloat16)'),
          examples='graftlab graft runs/s2/graft smollm2 grafted\ngraftlab train 3 runs/s3 --model grafted --data chat.json --set steps=200')

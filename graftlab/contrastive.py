@@ -110,11 +110,13 @@ def statement(
 def record_texts(
     record:dict, # LLaVA record, perhaps with `label`, `domain`, `captions`
 )->list[str]: # Sentences about its picture, distinct, at least one
-    "The sentences T_i that a picture may be compared with (CRAFT, Section 3.2)"
+    "The sentences T_i that a picture may be compared with (CRAFT, Section 3.2); `BadRecord` where captions are no list of texts"
     talk = [m['value'] for m in record['conversations']]
     if record.get('label') is not None: told = [class_sentence(record['label'], record.get('domain'))]
     else: told = [statement(q, a) for q,a in zip(talk[::2], talk[1::2])]
-    return list(dict.fromkeys([*told, *(c.strip() for c in record.get('captions', ()) if c.strip())]))
+    captions = record.get('captions') or []                          # None where a table has the column and the row does not
+    if not isinstance(captions, list|tuple) or not all(isinstance(c, str) for c in captions): raise BadRecord(f"record {record.get('id')!r}: captions must be a list of texts, got {captions!r}")
+    return list(dict.fromkeys([*told, *(c.strip() for c in captions if c.strip())]))
 
 def record_class(
     record:dict, # LLaVA record, perhaps with `label`

@@ -43,11 +43,14 @@ def make_tower(
 )->QuantizedTower: # It shares the encoder's weights
     "An encoder with a codebook of its own features, of the last layer but one, by residual k-means"
     stop,patches = len(tower_layers(encoder))-1,(encoder.config.image_size//encoder.config.patch_size)**2
-    states = [run_tower(encoder, x, stop=stop) for x in batches]
-    if not states: raise GraftError("no pictures to make a codebook from")
-    features = torch.cat([s[:, -patches:].flatten(0, 1).cpu() for s in states])
-    tower = quantize_tower(encoder, make_codebook(features, size, depth, **kw), depth, cls_token=states[0].shape[1]==patches)
-    return tower.to(states[0].device).eval()
+    features,tokens = [],0
+    for x in batches:
+        states = run_tower(encoder, x, stop=stop)
+        tokens = states.shape[1]
+        features.append(states[:, -patches:].flatten(0, 1).cpu())
+    if not features: raise GraftError("no pictures to make a codebook from")
+    features = torch.cat(features)                                    # and the parts are gone
+    return quantize_tower(encoder, make_codebook(features, size, depth, **kw), depth, cls_token=tokens==patches).to(states.device).eval()
 
 # %% ../nbs/10_craft.ipynb #00000010
 def commitment(

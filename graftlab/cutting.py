@@ -7,7 +7,7 @@ __all__ = ['FLOATS', 'EXTRA', 'NOT_EXTRA', 'plan_shards', 'new_dtype', 'tensor_b
            'check_room', 'write_tensors', 'copy_extras', 'digest', 'verify_tensors', 'claim', 'sweep']
 
 # %% ../nbs/02b_cutting.ipynb #7f517fd1
-import fcntl, hashlib, json, os, shutil
+import fcntl, glob, hashlib, json, os, shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tqdm.auto import tqdm
@@ -182,7 +182,8 @@ def sweep(
 )->list[Path]: # Leftovers that were removed
     "Remove what killed runs left beside a destination"
     removed = []
-    for p in dst.parent.glob(f'.{dst.name}.*.tmp'):
+    for p in dst.parent.glob(f'.{glob.escape(dst.name)}.*.tmp'):
+        if not p.is_dir() or '.' in p.name[len(dst.name)+2:-4]: continue # a file, or beside another destination
         if (fd := claim(p)) is None: continue # somebody is writing it now
         shutil.rmtree(p); os.close(fd)
         removed.append(p)

@@ -39,6 +39,7 @@ class Endpoint:
     def key(self)->str: # Never put into anything that is printed or kept
         "The key, from the environment"
         if self.api not in ('openai', 'anthropic'): raise EndpointError(f"api must be 'openai' or 'anthropic', got {self.api!r}")
+        if not self.base_url.startswith(('http://', 'https://')): raise EndpointError(f"base_url {self.base_url!r} must begin with http:// or https://")
         if self.key_env is None: return ''
         key = os.environ.get(self.key_env, '').strip()
         if not key: raise EndpointError(f"the environment has no {self.key_env}: export it, or name the variable that holds the key (key_env)")

@@ -28,7 +28,7 @@ def lent(
     decoder, # Another decoder of the same width
 )->LlavaForConditionalGeneration: # The decoder with that encoder and adapter; modules are shared
     "Encoder and adapter of a model in another decoder, nothing copied"
-    model = assemble(decoder, vlm.model.vision_tower, vlm.config.image_token_index)
+    model = assemble(decoder, vlm.model.vision_tower, vlm.config.image_token_index, vlm.config.vision_feature_layer)
     model.model.multi_modal_projector = vlm.model.multi_modal_projector
     return model
 

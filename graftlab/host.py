@@ -6,7 +6,8 @@
 __all__ = ['SCALES', 'CAPS', 'LISTS', 'INDEX_SETS', 'FIRST', 'PATTERNS', 'SHARED', 'GraftError', 'HostMismatch',
            'UnsupportedConfig', 'BadCheckpoint', 'BadArgument', 'logit_scale', 'logit_cap', 'find_decoder', 'Host',
            'renumber', 'packs', 'attention_masks', 'layer_fields', 'layer_of', 'rename_layer', 'text_name',
-           'open_shard', 'tensor_files', 'fingerprint', 'known_fingerprint', 'checkpoint_hash']
+           'open_shard', 'parse_json', 'weight_map', 'tensor_files', 'fingerprint', 'known_fingerprint',
+           'checkpoint_hash']
 
 # %% ../nbs/00_host.ipynb #33fb4474
 import hashlib, json, re
@@ -143,11 +144,11 @@ def renumber(
 def packs(
     config, # Text config of a decoder
 )->bool: # Sequences that a mask keeps apart may share a row
-    "Whether every layer is attention that heeds mask and position ids; state of a recurrent or convolutional layer runs on from one sequence to the next"
+    "Whether every layer is attention that heeds mask and position ids; GPT-Neo's local layers count places in the row, and state of a recurrent or convolutional layer runs on from one sequence to the next"
     kinds = {*(getattr(config, 'layer_types', None) or ()), *(getattr(config, 'layers_block_type', None) or ())}
     field = lambda name: getattr(config, name, None)
     alibi = field('alibi') or getattr(field('attn_config'), 'alibi', False) or field('position_embedding_type')=='alibi' or config.model_type=='bloom'
-    other = alibi or field('attention_chunk_size') or any(k.startswith(('mamba_', 'ssm_')) for k in vars(config))
+    other = alibi or field('attention_chunk_size') or 'local' in (field('attention_layers') or ()) or any(k.startswith(('mamba_', 'ssm_')) for k in vars(config))
     return not other and kinds<={'full_attention', 'sliding_attention', 'attention'}
 
 def attention_masks(
@@ -204,12 +205,14 @@ def layer_fields(
     if kept!=sorted(set(kept)) or not kept or not 0<=kept[0]<=kept[-1]<n:
         raise UnsupportedConfig(f"kept layers must be ascending indices within 0..{n-1}, got {kept}")
     has = lambda names: [f for f in names if getattr(config, f, None)]
+    derived = lambda f: isinstance(p := getattr(type(config), f, None), property) and p.fset is None       # follows from other fields
     if shared := has(SHARED): raise UnsupportedConfig(f"config.{shared[0]} shares across layers or depends on their number; no cut is known to be right")
     if odd := _unknown_lists(config): raise UnsupportedConfig(f"config.{odd[0]} looks per layer and is not known: add it to LISTS or INDEX_SETS of graftlab.host")
     _check_patterns(config, kept)
     out = dict(num_hidden_layers=len(kept))
     for f in has(LISTS):
         v = getattr(config, f)
+        if derived(f): continue
         if isinstance(v, (list, tuple)): out[f] = [v[i] for i in kept]
     for f in has(INDEX_SETS): out[f] = [new for new,old in enumerate(kept) if old in getattr(config, f)]
     for f in has(FIRST): out[f] = sum(i<getattr(config, f) for i in kept)
@@ -253,6 +256,25 @@ def open_shard(
     except (SafetensorError, OSError) as e: raise BadCheckpoint(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
 
 # %% ../nbs/00_host.ipynb #520fa648
+def parse_json(
+    text:str|bytes, # Contents of the file
+    where, # Its name, for the error
+)->dict: # The object in it
+    "A JSON file of a checkpoint; `BadCheckpoint`, naming it, where it is not whole"
+    try: found = json.loads(text)
+    except ValueError as e: raise BadCheckpoint(f"{where}: not a whole JSON file ({e}); fetch it again") from e
+    if not isinstance(found, dict): raise BadCheckpoint(f"{where}: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+def weight_map(
+    text:str|bytes, # Contents of model.safetensors.index.json
+    where, # Its name, for the error
+)->dict[str, str]: # Tensor name -> shard
+    "The shards of a checkpoint; `BadCheckpoint` where the index does not say them"
+    found = parse_json(text, where).get('weight_map')
+    if not isinstance(found, dict) or not found: raise BadCheckpoint(f"{where}: no `weight_map`; fetch it again")
+    return found
+
 def tensor_files(
     folder:str|Path, # Checkpoint folder
 )->dict[str, Path]: # Tensor name -> safetensors file
@@ -260,7 +282,7 @@ def tensor_files(
     folder = Path(folder)
     index,single = folder/'model.safetensors.index.json',folder/'model.safetensors'
     if index.exists():
-        files = {k:folder/v for k,v in json.loads(index.read_text())['weight_map'].items()}
+        files = {k:folder/v for k,v in weight_map(index.read_bytes(), index).items()}
         if missing := sorted({f for f in files.values() if not f.exists()}):
             raise BadCheckpoint(f"{missing[0]}: named in {index.name} but not there; {len(missing)} file(s) missing, fetch the checkpoint again")
         return files

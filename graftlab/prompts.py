@@ -9,6 +9,7 @@ __all__ = ['load_tokenizer', 'chat_batches', 'plain_greedy', 'settings_aside', '
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 from .chat import special_ids
@@ -25,10 +26,16 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 # %% ../nbs/00e_prompts.ipynb #0b1788f8
+def _tokens(tokenizer, messages:list[dict], prompt:bool)->list[int]:
+    "Token ids of a conversation in its template, perhaps with the assistant's turn opened; `BadSample` where the template refuses it"
+    if not messages: raise BadSample("a conversation that is an answer alone leaves nothing to answer")
+    try: return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)['input_ids']
+    except (TemplateError, ValueError) as e: raise BadSample(f"the chat template does not take the conversation that begins {messages[0]['content'][:40]!r}: {e}") from e
+
 def _encode(tokenizer, messages:list[dict], answers:bool=True)->tuple[list[int], list[int]]:
     "Token ids of a conversation, and labels: the assistants' answers, or none"
-    get = lambda m, prompt: tokenizer.apply_chat_template(m, add_generation_prompt=prompt, return_dict=True)['input_ids']
-    ids,labels = get(messages, False),None
+    get = lambda m, prompt: _tokens(tokenizer, m, prompt)
+    ids = get(messages, False)
     labels = [-100]*len(ids)
     for i,m in enumerate(messages):
         if m['role']!='assistant' or not answers: continue
@@ -94,7 +101,7 @@ def greedy_batches(
 )->list[dict]: # As `chat_batches`, labels on the model's own answers
     "The model's greedy continuations as batches (A.7)"
     prompts = [c[:-1] if c[-1]['role']=='assistant' else c for c in conversations]
-    enc = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)['input_ids'] for p in prompts]
+    enc = [_tokens(tokenizer, p, True) for p in prompts]
     parts = [enc[i:i+batch_size] for i in range(0, len(enc), batch_size)]
     answered,special = _encode(tokenizer, [dict(role='user', content='?'), dict(role='assistant', content='!')])[1],special_ids(tokenizer)
     config = plain_greedy(model, max_new_tokens, [t for t in answered if t in special][-1:], tokenizer.pad_token_id or 0)

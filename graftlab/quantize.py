@@ -223,12 +223,13 @@ def make_codebook(
     try: import faiss
     except ImportError as e: raise GraftError("making a codebook needs faiss: pip install 'graftlab[codebook]'") from e
     each = size//depth if shared else size
-    if features.ndim!=2 or not features.isfinite().all(): raise BadFeatures(f"finite features (n, D) expected, got {tuple(features.shape)}")
+    if features.ndim!=2 or not all(p.isfinite().all() for p in features.split(2**14)): raise BadFeatures(f"finite features (n, D) expected, got {tuple(features.shape)}")
     if not 1<=each<=len(features) or (shared and size%depth): raise BadFeatures(f"{size} entries at depth {depth} from {len(features)} features: give more features, or a multiple of the depth")
-    r,tables = features.detach().float().cpu(),[]
+    r,tables = torch.empty(features.shape).copy_(features.detach()),[] # the one copy: what is left of each feature, level by level
     for _ in range(depth):
         kmeans = faiss.Kmeans(r.shape[1], each, niter=iters, seed=seed, min_points_per_centroid=1, max_points_per_centroid=2**20)
         kmeans.train(r.numpy())
         tables.append(torch.from_numpy(kmeans.centroids.copy()))
-        r = r - tables[-1][ResidualQuantizer(tables[-1], depth=1).encode(r)[:, 0]]
+        level = ResidualQuantizer(tables[-1], depth=1)
+        for part in r.split(2**14): part -= tables[-1][level.encode(part)[:, 0]]
     return torch.cat(tables) if shared else torch.stack(tables)

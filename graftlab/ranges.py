@@ -189,8 +189,9 @@ def checkpoint_entries(
     files, # A place to read from
 )->dict[str, Entry]: # Tensor name -> where its bytes are
     "All tensors of a safetensors checkpoint, single or sharded"
+    from graftlab import host
     names = set(files.names())
-    index = json.loads(files.read(INDEX))['weight_map'] if INDEX in names else None
+    index = host.weight_map(files.read(INDEX), f'{files}/{INDEX}') if INDEX in names else None
     if index is None and SINGLE not in names:
         if pickled := sorted(n for n in names if n.endswith(PICKLED)):
             raise graft_error(f"{files}/{pickled[0]}: pickled weights are not read. Convert them where you trust the file: "

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Pr
 from . import __version__
 from .cutting import FLOATS, bytes_of, claim, copy_extras, sweep, verify_tensors, write_tensors
 from .files import fresh_folder, write_json
-from .host import BadCheckpoint, GraftError, Host, UnsupportedConfig, fingerprint, known_fingerprint, layer_of, open_shard, rename_layer, renumber
+from .host import BadCheckpoint, GraftError, Host, UnsupportedConfig, fingerprint, known_fingerprint, layer_of, open_shard, parse_json, rename_layer, renumber
 from .ranges import Entry, HubFiles, LocalFiles, checkpoint_entries, open_files
 from .spans import Cut, count_parameters, cut_layers, surrogate_config
 
@@ -66,7 +66,7 @@ def _updated(raw:dict, old:dict, new:dict)->dict:
 def _read_config(files)->tuple[dict, PreTrainedConfig]:
     "A checkpoint's config.json as it stands, and as transformers understands it"
     if 'config.json' not in files.names(): raise BadCheckpoint(f"{files}: no config.json; is this a checkpoint folder?")
-    raw = json.loads(files.read('config.json'))
+    raw = parse_json(files.read('config.json'), f'{files}/config.json')
     if (kind := raw.get('model_type')) not in CONFIG_MAPPING:
         raise UnsupportedConfig(f"{files}/config.json: model_type {kind!r} is not one that transformers knows by itself; code from checkpoints is not run")
     return raw, CONFIG_MAPPING[kind].from_dict(raw)

@@ -171,7 +171,8 @@ def save_vlm(
     "Write a standard LLaVA checkpoint, beside its destination first; `GraftError` where it would replace something else"
     with fresh_folder(own_place(folder, 'vlm')) as tmp:
         weights = {n for n,_ in vlm.named_parameters(remove_duplicate=False)}                            # buffers, such as a codebook, keep their bits
-        state = {n: v.to(dtype) if n in weights else v for n,v in vlm.state_dict().items()}
+        cast = {}                                                                                        # a tensor of two names, such as a tied head, is written once
+        state = {n: cast.setdefault((v.data_ptr(), v.shape), v.to(dtype)) if n in weights else v for n,v in vlm.state_dict().items()}
         vlm.save_pretrained(tmp, state_dict=state)
         config = json.loads((tmp/'config.json').read_text())                                             # it has the dtype that the model has in memory
         for c in (config, config['text_config'], config['vision_config']): c['dtype'] = str(dtype).removeprefix('torch.')

