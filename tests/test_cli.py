@@ -51,6 +51,8 @@ def test_errors_are_one_line(host, tmp_path):
         assert done.returncode == 2 and lines[-1].startswith('graftlab: ') and part in lines[-1] and 'Traceback' not in done.stderr, done.stderr
         assert done.stdout == ''
     assert graftlab('zoo', 'eat').returncode == 2
+    done = graftlab('evaluate', host, 'questions.json', '--out', tmp_path)                 # before anything is loaded
+    assert done.returncode == 2 and 'argument --out' in done.stderr and 'is a folder' in done.stderr, done.stderr
     assert graftlab().returncode == 2
 
 
@@ -88,7 +90,10 @@ def test_what_cannot_be_looked_at_is_named(host, tmp_path, capsys, how):
         torch.save(model.state_dict(), folder/'pytorch_model.bin')
     def untold(folder):
         for f in folder.glob('token*'): f.unlink()
-    for spoil,words in {truncated: 'model-00002-of', missing: 'model-00002-of', pickled: 'pytorch_model.bin', untold: 'no tokenizer files'}.items():
+    def halved(folder): (f := folder/'config.json').write_bytes(f.read_bytes()[:60])
+    def unlisted(folder): (f := folder/'model.safetensors.index.json').write_bytes(f.read_bytes()[:200])
+    for spoil,words in {truncated: 'model-00002-of', missing: 'model-00002-of', pickled: 'pytorch_model.bin', untold: 'no tokenizer files',
+                        halved: 'config.json: not a whole JSON file', unlisted: 'index.json: not a whole JSON file'}.items():
         folder = tmp_path/spoil.__name__
         shutil.copytree(host, folder); (folder/'model.safetensors').unlink(); model.save_pretrained(folder, max_shard_size='60KB'); spoil(folder)
         assert cli.main(['trajectory', str(folder), '--texts', str(text), '--out', str(tmp_path/'out'), *how]) == 2, spoil
