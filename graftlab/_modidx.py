@@ -46,6 +46,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'graftlab.chat.Tokens.__len__': ('chat.html#tokens.__len__', 'graftlab/chat.py'),
                                'graftlab.chat._render': ('chat.html#_render', 'graftlab/chat.py'),
                                'graftlab.chat.block_mask': ('chat.html#block_mask', 'graftlab/chat.py'),
+                               'graftlab.chat.in_template': ('chat.html#in_template', 'graftlab/chat.py'),
                                'graftlab.chat.pack': ('chat.html#pack', 'graftlab/chat.py'),
                                'graftlab.chat.read_form': ('chat.html#read_form', 'graftlab/chat.py'),
                                'graftlab.chat.scaffold': ('chat.html#scaffold', 'graftlab/chat.py'),

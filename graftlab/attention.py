@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .host import GraftError
@@ -17,19 +18,22 @@ from .host import GraftError
 # %% ../nbs/06e_attention.ipynb #00000005
 def attention_for(
     device, # `torch.device` that the model trains on
-)->str: # transformers' name of an attention kernel
-    "The kernel for rows of up to some hundred tokens: fused on a GPU, plain matrix products on a CPU"
-    return 'eager' if torch.device(device).type=='cpu' else 'sdpa'
+)->str|None: # transformers' name of an attention kernel; None: the one that it chose itself
+    "The kernel for rows of up to some hundred tokens: plain matrix products on a CPU; elsewhere transformers' choice, the fused one where a family can have it"
+    return 'eager' if torch.device(device).type=='cpu' else None
 
 # %% ../nbs/06e_attention.ipynb #00000008
 @contextmanager
 def attention(
     model:nn.Module, # Model, or anything that holds one
-    kernel:str, # 'eager', 'sdpa', or another of transformers' names
+    kernel:str|None, # 'eager', 'sdpa', or another of transformers' names; None: leave it as it is
 ):
-    "Inside the block, all of a model's modules attend by one kernel"
+    "Inside the block, all of a model's modules attend by one kernel; `GraftError` for one that transformers does not know, or has not for this family"
+    if kernel is None: yield model; return
     known = ('eager', *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if kernel not in known: raise GraftError(f"attention = {kernel!r}: transformers knows {', '.join(known)}")
+    without = {type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel) and kernel=='sdpa' and not m._supports_sdpa}
+    if without: raise GraftError(f"attention = 'sdpa': {', '.join(sorted(without))} would leave out a part of its attention (sinks, soft caps) with it; leave attention out")
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, 'config')}
     old = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, '_attn_implementation')]
     try:

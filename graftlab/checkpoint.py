@@ -19,10 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from .files import fresh_file, write_json
-from .host import GraftError
+from .host import BadCheckpoint, GraftError, open_shard
 from .recipe import Recipe
 from .sharding import fill, whole
 
@@ -100,8 +99,10 @@ def load_checkpoint(
     params:dict, # name -> parameter; filled in place
     optimizer:torch.optim.Optimizer, # AdamW over these parameters; its state is filled
 )->int: # Steps that are done
-    "Load what `save_checkpoint` wrote; `GraftError` when it belongs to other parameters"
-    with safe_open(path, 'pt') as f:
+    "Load what `save_checkpoint` wrote; `GraftError` when it is damaged, or belongs to other parameters"
+    try: opened = open_shard(path)
+    except BadCheckpoint as e: raise GraftError(f'{path} is damaged ({e.__cause__}): remove it, and the run goes on from the one before it') from e
+    with opened as f:
         _same_parameters(path, {n.split('/', 1)[1]: f.get_slice(n).get_shape() for n in f.keys()}, params)
         step = int(f.metadata()['step'])
         for n,p in params.items():
@@ -134,7 +135,7 @@ def log_skipped(
         with open(path, 'a', encoding='utf-8') as f: f.write(torn+''.join(json.dumps(dict(record=i, reason=why))+'\n' for i,why in new.items()))
     return len(had)+len(new)
 
-LAYOUT = ('micro_batch', 'shard', 'activation_checkpointing')    # how the work is spread; the numbers are the same
+LAYOUT = ('micro_batch', 'shard', 'activation_checkpointing')    # how the work is spread; the numbers are the same (a new adapter's first ones are drawn otherwise with `shard`)
 
 def _plain(recipe):
     "A recipe as JSON gives it back"
@@ -234,9 +235,9 @@ def load_trained(
     out, # Folder of a finished run
     params:dict, # name -> parameter; filled in place
 )->dict: # Its metrics.json
-    "Load the weights that a finished run trained; `GraftError` when it trained other parameters"
+    "Load the weights that a finished run trained; `GraftError` when the file is damaged, or holds other parameters"
     path = Path(out)/'trained.safetensors'
-    with safe_open(path, 'pt') as f:
+    with open_shard(path) as f:
         _same_parameters(path, {n: f.get_slice(n).get_shape() for n in f.keys()}, params)
         for n,p in params.items(): fill(p, f, n)
     return json.loads((Path(out)/'metrics.json').read_text())

@@ -117,7 +117,7 @@ def same_origin(
     from graftlab.host import GraftError, checkpoint_hash
     from graftlab.zoo import get_encoder, get_llm
     began = {k: checkpoint_hash(get(v)) for k,get in (('model', str), ('llm', get_llm), ('encoder', get_encoder)) if (v := getattr(args, k))}
-    began |= (dict(image_size=args.image_size) if args.image_size else {}) | dict(packed=args.packed, max_length=args.max_length)
+    began |= dict(image_size=args.image_size, packed=args.packed, max_length=args.max_length)
     kept = Path(args.out)/'origin.json'
     had = began | json.loads(kept.read_text()) if kept.exists() else began                # what is newer than the file is not asked
     if other := sorted(k for k in had if had[k]!=began.get(k)):

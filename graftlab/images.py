@@ -7,6 +7,7 @@ __all__ = ['BadRecord', 'BadImage', 'image_path', 'to_rgb', 'open_image', 'image
 
 # %% ../nbs/03b_images.ipynb #4bf26492
 import io
+import math
 import os
 import struct
 import warnings
@@ -97,9 +98,11 @@ def open_images(
 def square(
     image:Image.Image, # Picture of size (W, H), RGB
     mean=(0., 0., 0.), # Mean of each channel, in [0, 1], as the image processor has it
+    max_pixels:int=50_000_000, # Most pixels of the square; a picture that is longer is made smaller first
 )->Image.Image: # Picture of size (S, S), S = max(W, H)
     "Centre on a square whose colour is `int(255*mean)` (Table A.4)"
-    s = max(image.size)
+    s,most = max(image.size),math.isqrt(max_pixels)
+    if s>most: image,s = image.resize([max(1, round(x*most/s)) for x in image.size]),most
     out = Image.new('RGB', (s, s), tuple(int(255*m) for m in mean))
     out.paste(image, ((s-image.width)//2, (s-image.height)//2))
     return out

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
-from .chat import special_ids
+from .chat import in_template, special_ids
 from .host import BadCheckpoint
 from .lens import BadSample
 
@@ -29,7 +29,7 @@ def load_tokenizer(
 def _tokens(tokenizer, messages:list[dict], prompt:bool)->list[int]:
     "Token ids of a conversation in its template, perhaps with the assistant's turn opened; `BadSample` where the template refuses it"
     if not messages: raise BadSample("a conversation that is an answer alone leaves nothing to answer")
-    try: return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)['input_ids']
+    try: return in_template(tokenizer, messages, add_generation_prompt=prompt, return_dict=True)['input_ids']
     except (TemplateError, ValueError) as e: raise BadSample(f"the chat template does not take the conversation that begins {messages[0]['content'][:40]!r}: {e}") from e
 
 def _encode(tokenizer, messages:list[dict], answers:bool=True)->tuple[list[int], list[int]]:

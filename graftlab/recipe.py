@@ -56,14 +56,14 @@ def _refuse(recipe):
     get = lambda k: getattr(recipe, k)
     for least,names in {1: ('steps', 'batch_size', 'micro_batch', 'checkpoint_every', 'keep'), 0: ('lr', 'lr_adapter', 'eps', 'weight_decay', 'clip', 'noise', 'cut_noise')}.items():
         for k in names:
-            if get(k) is not None and not get(k)>=least: raise GraftError(f"{k} = {get(k)}: at least {least} is needed")
+            if get(k) is not None and not least<=get(k)<math.inf: raise GraftError(f"{k} = {get(k)}: at least {least} is needed")
     for k,words in dict(cut_noise_unit=('rms', 'median'), response_weight=(None, 'paper', 'official', 'literal'), precision=('bf16', 'no')).items():
         if get(k) not in words: raise GraftError(f"{k} = {get(k)!r}: expected {', '.join(map(str, words[:-1]))} or {words[-1]}")
     for k,(fits,what) in dict(
         last_k=(get('last_k') is None or get('last_k')>=0, 'a number of layers, or None for all'),
-        epochs=(get('epochs')>0, 'more than 0'),
+        epochs=(0<get('epochs')<math.inf, 'more than 0'),
         warmup=(0<=get('warmup')<=1, 'a share, 0 to 1'),
-        betas=(len(get('betas'))==2, 'two numbers'),
+        betas=(len(get('betas'))==2 and all(0<=b<1 for b in get('betas')), 'two numbers from 0 on, below 1'),
         seed=(0<=get('seed')<2**31, '0 to 2^31-1')).items():
         if not fits: raise GraftError(f'{k} = {get(k)}: expected {what}')
 
@@ -98,7 +98,7 @@ def _checked(key, value, where, kind=Recipe):
     known = {f.name: f for f in fields(kind) if f.name!='stage'}
     if key not in known: raise GraftError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(sorted(known))}")
     want = get_args(known[key].type) or (known[key].type,)
-    if value in (None, 'null') and (known[key].default is None or key=='last_k'): return None
+    if value in (None, 'None', 'null') and (known[key].default is None or key=='last_k'): return None
     if float in want and type(value) is int: return float(value)
     if tuple in want and isinstance(value, list) and all(type(v) in (int, float) for v in value): return tuple(map(float, value))
     if type(value) not in want:

@@ -92,7 +92,7 @@ class Conversations(Dataset):
 
     def _at(self, i, test=bool, files=True): return _checked(self.source[i], f"{self.name}: record {i}", self.image_folder, test, files)
     def __len__(self): return len(self.index)
-    def __getitem__(self, i): return self._at(self.index[i])[0]
+    def __getitem__(self, i): return self._at(self.index[i], files=self.on_error=='stop')[0]    # with 'skip', a file that is not there is found when it is opened
 
 # %% ../nbs/03a_records.ipynb #00000010
 @patch
@@ -158,7 +158,10 @@ def _read(path):
     from datasets import Dataset as Table, load_from_disk
     readers = {'folder':load_from_disk, '.arrow':Table.from_file, '.parquet':Table.from_parquet}
     if kind not in readers: raise BadRecord(f"{path}: expected .json, .jsonl, .arrow, .parquet or a folder saved by datasets")
-    return readers[kind](str(path))
+    try: table = readers[kind](str(path))
+    except Exception as e: raise BadRecord(f"{path}: cannot be read as {'a folder saved by datasets' if kind=='folder' else kind[1:].capitalize()} ({type(e).__name__}: {e})") from e
+    if isinstance(table, dict): raise BadRecord(f"{path} holds several splits ({', '.join(table)}): give one, such as {path/next(iter(table))}")
+    return table
 
 # %% ../nbs/03a_records.ipynb #0000001a
 def load_conversations(

@@ -199,6 +199,19 @@ def test_a_run_that_a_broken_picture_stopped_goes_on_without_it(workers, gone, t
     assert seen == [str((i+1) % 24 if i == broken else i) for i in with_it]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_missing_picture_of_the_first_step_is_left_out(grouped, tmp_path):
+    "What identifies the data, and the lengths by which records are grouped, look at no picture"
+    whole = make_records(tmp_path, 12)
+    asked = recipe(batch_size=4, steps=3, group_by_length=grouped)
+    gone = draw(12, 0, 4, asked.seed)[0]
+    (tmp_path/f"{gone}.png").unlink()
+    vlm, collate = make_vlm()
+    done = train(vlm, load_conversations(whole, on_error="skip"), collate, asked, tmp_path/"out", progress=False)
+    assert done["steps"] == 3 and [json.loads(l)["record"] for l in (tmp_path/"out"/"skipped.jsonl").read_text().splitlines()] == [gone]
+    with pytest.raises(BadRecord, match=f"{gone}.png: no such file"): train(make_vlm()[0], load_conversations(whole), collate, asked, tmp_path/"stops", progress=False)
+
+
 def test_a_packed_record_may_take_several_rows(tmp_path):
     "Each has noise of its own, and a record that is drawn twice has other noise the second time"
     record = make_records(tmp_path, 1)[0]
