@@ -48,8 +48,8 @@ def positive(
     return float(text)
 
 def _can_be_made(path):
-    "Nothing but folders above a path, and the lowest that is there can be written to"
-    there = next(p for p in Path(path).absolute().parents if p.exists())
+    "A path, or the lowest folder above it that is there, is a folder that can be written to"
+    there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     if not there.is_dir(): raise argparse.ArgumentTypeError(f'{path} cannot be made: {there} is a file')
     if not os.access(there, os.W_OK): raise argparse.ArgumentTypeError(f'{path} cannot be made: {there} cannot be written to')
 
@@ -58,7 +58,7 @@ def new_file(
 )->str: # The same
     "Path of a file that can be written, for an argument's `type`"
     if Path(text).is_dir(): raise argparse.ArgumentTypeError(f'{text} is a folder, and a file is to be written: name one in it')
-    _can_be_made(text)
+    _can_be_made(Path(text).parent)
     return text
 
 def new_folder(
