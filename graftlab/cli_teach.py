@@ -79,12 +79,12 @@ def lessons(
 )->list: # Token ids of each text that the run reads
     "The chats that a run reads, as tokens"
     import random
-    from graftlab.chat import in_template
     from graftlab.host import GraftError
+    from graftlab.prompts import chat_tokens
     if max_tokens<1: raise GraftError(f'--max-tokens {max_tokens}: at least one token is needed')
     most = (recipe.steps or len(chats))*recipe.batch_size
     if len(chats)>most: chats = random.Random(recipe.seed).sample(chats, most)
-    texts = [in_template(tokenizer, c, return_dict=True)['input_ids'][:max_tokens] for c in chats]
+    texts = [chat_tokens(tokenizer, c)[:max_tokens] for c in chats]
     if not all(texts): raise GraftError(f'conversation {texts.index([])+1} gives no token: leave it out')
     return texts
 

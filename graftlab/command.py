@@ -47,6 +47,7 @@ def positive(
     if not 0<float(text)<float('inf'): raise argparse.ArgumentTypeError(f'{text} is no number above 0')
     return float(text)
 
+# %% ../nbs/14a_command.ipynb #14a00005
 def _can_be_made(path):
     "A path, or the lowest folder above it that is there, is a folder that can be written to"
     there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())

@@ -15,14 +15,13 @@ import torch
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 
-from .chat import in_template
 from .checkpoint import source_commit
 from .demo_plan import PLANS, Plan, affordable, cuts, fastest_precision, product_speeds
 from .demo_run import Run, collect, measured, now
 from .evaluate import evaluate, without_pictures
 from .files import write_json
 from .host import GraftError, fingerprint
-from .prompts import chat_batches
+from .prompts import chat_batches, chat_tokens
 from .records import mix
 from .refresh import keep_seen, refresh, refreshing
 from .report import make_report
@@ -66,7 +65,7 @@ def taught(
     if p.paper: return surrogate
     with run.phase('states', 'Host states for stage 0, both cuts'):
         tokenizer = run.tokenizer()
-        ids = [in_template(tokenizer, m, return_dict=True)['input_ids'][:p.max_tokens] for m in run.chats()[:p.texts]]
+        ids = [chat_tokens(tokenizer, m)[:p.max_tokens] for m in run.chats()[:p.texts]]
         kept = keep_states(run.load(), ids, [s for s,_ in where.values()], run.out/'states', progress=run.progress)
     with run.phase(f'stage0-{name}', f'Stage 0, {name} cut') as note:
         steps = p.teach_steps if name=='late' else p.teach_early_steps

@@ -212,8 +212,7 @@ def layer_fields(
     out = dict(num_hidden_layers=len(kept))
     for f in has(LISTS):
         v = getattr(config, f)
-        if derived(f): continue
-        if isinstance(v, (list, tuple)): out[f] = [v[i] for i in kept]
+        if isinstance(v, (list, tuple)) and not derived(f): out[f] = [v[i] for i in kept]
     for f in has(INDEX_SETS): out[f] = [new for new,old in enumerate(kept) if old in getattr(config, f)]
     for f in has(FIRST): out[f] = sum(i<getattr(config, f) for i in kept)
     return out
@@ -255,7 +254,7 @@ def open_shard(
     try: return safe_open(str(file), framework='pt')
     except (SafetensorError, OSError) as e: raise BadCheckpoint(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
 
-# %% ../nbs/00_host.ipynb #520fa648
+# %% ../nbs/00_host.ipynb #520fa602
 def parse_json(
     text:str|bytes, # Contents of the file
     where, # Its name, for the error
@@ -275,6 +274,7 @@ def weight_map(
     if not isinstance(found, dict) or not found: raise BadCheckpoint(f"{where}: no `weight_map`; fetch it again")
     return found
 
+# %% ../nbs/00_host.ipynb #520fa648
 def tensor_files(
     folder:str|Path, # Checkpoint folder
 )->dict[str, Path]: # Tensor name -> safetensors file
